@@ -1,0 +1,240 @@
+"""Messages to bytes and back: JSON by pydantic-core, encoded once, stored and sent as the same bytes.
+
+`Codec` is a seam: a codec that encrypts per subject wraps this one.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Protocol
+from uuid import UUID
+
+from pydantic import BaseModel, JsonValue, TypeAdapter, ValidationError
+
+from bus.envelope import Envelope, Kind, Origin, ReplyOutcome, ReplyTo
+from bus.errors import BadInput, Undecodable
+from bus.messages import Command, Event, Message, Query, Refused, TypeName
+from bus.registry import Registry
+
+KEY_BYTES_MAX = 1024
+
+
+class Codec(Protocol):
+    registry: Registry
+
+    def encode(
+        self,
+        message: Message,
+        origin: Origin,
+        *,
+        topic: str | None = None,
+        reply_to: ReplyTo | None = None,
+        deadline: datetime | None = None,
+        undoes: UUID | None = None,
+    ) -> Envelope:
+        """Raises BadInput when the key is empty, too long or holds a NUL."""
+        ...
+
+    def decode(self, envelope: Envelope) -> Message:
+        """Raises UnknownType, UnknownVersion or Undecodable, saying what was found and what was wanted."""
+        ...
+
+    def encode_reply(self, command: Envelope, answer: BaseModel | Refused | None, origin: Origin) -> Envelope:
+        """The answer to `command`, addressed to its `reply_to` (which must be there)."""
+        ...
+
+    def decode_reply(self, reply: Envelope, command: type[Command[BaseModel | None]]) -> BaseModel | Refused | None:
+        """What `encode_reply` was given; an ok reply without data (nothing to undo) is
+        None. Not for died and cancelled."""
+        ...
+
+
+class _RefusalBody(BaseModel):
+    code: str
+    message: str
+    attributes: dict[str, JsonValue] = {}
+
+
+class _DiedBody(BaseModel):
+    error: str
+
+
+def kind_of(message: Message) -> Kind:
+    match message:
+        case Command():
+            return Kind.COMMAND
+        case Event():
+            return Kind.EVENT
+        case Query():
+            return Kind.QUERY
+        case _:
+            raise TypeError(f"{type(message).__qualname__} is neither a Command, an Event nor a Query")
+
+
+def reply_type_name(command_type: str) -> str:
+    """`payments.take-payment.v1` is answered by `payments.take-payment.reply.v1`."""
+    base, _, version = command_type.rpartition(".")
+    return f"{base}.reply.{version}"
+
+
+def command_type_name(reply_type: str) -> str:
+    """The inverse of `reply_type_name`. Raises Undecodable."""
+    parts = reply_type.rsplit(".", 2)
+    if len(parts) != 3 or parts[1] != "reply":
+        raise Undecodable(f"{reply_type!r} is no reply type; wanted <command>.reply.v<version>")
+    return f"{parts[0]}.{parts[2]}"
+
+
+def check_key(key: str) -> None:
+    """Raises BadInput for a key that cannot be a record key and a stream id everywhere."""
+    if not key or "\x00" in key or len(key.encode(errors="surrogatepass")) > KEY_BYTES_MAX:
+        shown = key if len(key) <= 40 else f"{key[:40]}… ({len(key)} characters)"
+        raise Undecodable(f"key {shown!r} cannot be used; wanted 1 to {KEY_BYTES_MAX} bytes without NUL")
+
+
+class JsonCodec:
+    """The default codec."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self._adapters: dict[type[BaseModel], TypeAdapter[BaseModel]] = {}
+
+    def encode(
+        self,
+        message: Message,
+        origin: Origin,
+        *,
+        topic: str | None = None,
+        reply_to: ReplyTo | None = None,
+        deadline: datetime | None = None,
+        undoes: UUID | None = None,
+    ) -> Envelope:
+        key = message.key
+        check_key(key)
+        return Envelope(
+            id=origin.id,
+            kind=kind_of(message),
+            type=str(message.type_name),
+            source=origin.source,
+            key=key,
+            data=message.__pydantic_serializer__.to_json(message),
+            time=origin.time,
+            correlation_id=origin.correlation_id,
+            causation_id=origin.causation_id,
+            reply_to=reply_to,
+            deadline=deadline,
+            undoes=undoes,
+            tenant=origin.tenant,
+            actor=origin.actor,
+            topic=topic,
+            headers=origin.headers,
+        )
+
+    def decode(self, envelope: Envelope) -> Message:
+        found = self.registry.find(envelope.type)
+        message = _validate(found, envelope.data, envelope.type)
+        assert isinstance(message, Message)
+        if message.key != envelope.key and envelope.stream is None:
+            raise Undecodable(
+                f"{envelope.type}: the record's key is {envelope.key[:80]!r}, "
+                f"but field {message.key_field!r} says {message.key[:80]!r}; wanted the same"
+            )
+        return message
+
+    def encode_reply(self, command: Envelope, answer: BaseModel | Refused | None, origin: Origin) -> Envelope:
+        outcome = ReplyOutcome.OK
+        if isinstance(answer, Refused):
+            outcome = ReplyOutcome.REFUSED
+            body = _RefusalBody(code=answer.code, message=answer.message, attributes=dict(answer.attributes))
+            data = body.model_dump_json().encode()
+        elif answer is None:
+            data = b"null"
+        else:
+            data = answer.__pydantic_serializer__.to_json(answer)
+        return reply_envelope(command, outcome, data, origin)
+
+    def decode_reply(self, reply: Envelope, command: type[Command[BaseModel | None]]) -> BaseModel | Refused | None:
+        if reply.outcome is ReplyOutcome.REFUSED:
+            body = _validate(_RefusalBody, reply.data, reply.type)
+            assert isinstance(body, _RefusalBody)
+            refusal = self.registry.refusal(body.code)
+            if refusal is None:
+                return Refused(body.message, code=body.code, **body.attributes)
+            rebuilt = refusal.__new__(refusal)
+            Refused.__init__(rebuilt, body.message, code=body.code, **body.attributes)
+            return rebuilt
+        wanted = command.reply_type()
+        if wanted is None or reply.data == b"null":
+            return None
+        return _validate(wanted, reply.data, reply.type)
+
+
+def reply_envelope(command: Envelope, outcome: ReplyOutcome, data: bytes, origin: Origin) -> Envelope:
+    """A reply of any outcome, addressed to the command's `reply_to`."""
+    to = command.reply_to
+    assert to is not None, "a command without reply_to is not answered"
+    return Envelope(
+        id=origin.id,
+        kind=Kind.REPLY,
+        type=reply_type_name(command.type),
+        source=origin.source,
+        key=to.key,
+        data=data,
+        time=origin.time,
+        correlation_id=command.correlation_id,
+        causation_id=command.id,
+        reply_to=ReplyTo(to.topic, to.key, to.instance),
+        outcome=outcome,
+        tenant=command.tenant,
+        topic=to.topic,
+        headers=origin.headers,
+    )
+
+
+def died_reply(command: Envelope, error: str, origin: Origin) -> Envelope:
+    """Certain: the command was not done."""
+    return reply_envelope(command, ReplyOutcome.DIED, _DiedBody(error=error[:2000]).model_dump_json().encode(), origin)
+
+
+def died_error(reply: Envelope) -> str:
+    body = _validate(_DiedBody, reply.data, reply.type)
+    assert isinstance(body, _DiedBody)
+    return body.error
+
+
+def _validate(model: type[BaseModel], data: bytes, name: str) -> BaseModel:
+    try:
+        validated: BaseModel = model.__pydantic_validator__.validate_json(data)
+    except ValidationError as error:
+        raise Undecodable(f"{name} does not fit {model.__qualname__}: {explain(error)}") from error
+    except ValueError as error:  # bytes that are no text at all
+        raise Undecodable(f"{name} is no JSON: {error}") from error
+    return validated
+
+
+def explain(error: ValidationError, *, most: int = 3) -> str:
+    """Pydantic's findings in one line: where, what was wanted, what was found."""
+    found = error.errors(include_url=False, include_context=False)
+    lines = []
+    for one in found[:most]:
+        where = ".".join(str(part) for part in one["loc"]) or "the whole"
+        lines.append(f"{where}: {one['msg']} (found {one['input']!r:.80})")
+    if len(found) > most:
+        lines.append(f"and {len(found) - most} more")
+    return "; ".join(lines)
+
+
+__all__ = [
+    "BadInput",
+    "Codec",
+    "JsonCodec",
+    "TypeName",
+    "check_key",
+    "command_type_name",
+    "died_error",
+    "died_reply",
+    "explain",
+    "kind_of",
+    "reply_envelope",
+    "reply_type_name",
+]

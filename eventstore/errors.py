@@ -1,0 +1,35 @@
+"""What can go wrong in the event store."""
+
+from __future__ import annotations
+
+from bus.envelope import StreamId, Version
+from bus.errors import FoldbusError
+
+
+class EventStoreError(FoldbusError):
+    """Root of the store's errors."""
+
+
+class StoreUnavailable(EventStoreError):
+    """The database did not answer; whether anything was written is unknown. The same call may be made again."""
+
+
+class BadUnit(EventStoreError):
+    """A unit contradicts itself (no events in an append, a stream appended to twice, a NUL in text, no topic on an
+    outgoing message): a mistake in the code that staged it. Nothing was written."""
+
+
+class WrongExpectedVersion(EventStoreError):
+    """The stream moved on since it was read: reload it and decide again."""
+
+    def __init__(self, stream: StreamId, *, expected: object, actual: Version) -> None:
+        super().__init__(f"stream {stream} is at version {actual}, not the expected {expected}; nothing was appended")
+        self.stream, self.expected, self.actual = stream, expected, actual
+
+
+class SchemaMismatch(EventStoreError):
+    """The database's schema is not the one this code works with: run `foldbus db upgrade`."""
+
+
+class WrongEpoch(EventStoreError):
+    """A checkpoint or token is from another epoch of the log: the database was restored meanwhile."""

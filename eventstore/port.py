@@ -1,0 +1,373 @@
+"""The store port: streams, the log, and the commit of units. Adapters: `sqlite/` (the reference) and `postgres/`.
+
+Promises that both adapters keep and `tests/eventstore/test_store_conformance.py` pins, to the last number:
+
+- A unit is written whole or not at all; a unit that loses takes along later units of the same call that share its
+  claim's key (within its consumer) or any stream it touches (appends or asserts), and nobody else.
+- Events and outgoing messages draw positions from one sequence. Within a call positions follow `units`; within a unit
+  events come first, in the order of `appends`, then outgoing, then the reply.
+- `read_all` never shows a gap that is filled later, never inverts a stream, is not held up by foreign transactions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Protocol, runtime_checkable
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from bus.envelope import Envelope, Failure, Offset, Position, StreamId, Token, Version
+
+
+class Any_(StrEnum):
+    ANY = "any"
+
+
+ANY = Any_.ANY
+"""Expected version of a writer that opts out of the check."""
+ExpectedVersion = Version | Any_
+
+
+class ClaimState(StrEnum):
+    """What became of a message id. STARTED, PARKED and KEY_PARKED are reserved for effects and parking."""
+
+    NEW = "new"
+    DONE = "done"
+    DEAD = "dead"
+    CANCELLED = "cancelled"
+    STARTED = "started"
+    PARKED = "parked"
+    KEY_PARKED = "key-parked"
+
+
+class Fence(StrEnum):
+    """What an undo demands of the step it undoes, checked and made lasting by the undo's own commit."""
+
+    EXPECT_DONE = "expect-done"
+    """The step's claim is `done` with an ok reply (or none); otherwise the unit answers CONFLICT."""
+    CANCEL = "cancel"
+    """The step is absent (it becomes cancelled, and is dropped when it arrives), refused (stays as it is), dead
+    (becomes cancelled) or cancelled already; if it is done with effect the unit answers CONFLICT."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The record that `consumer` has taken `message_id`. `reply` is stored with it for whoever asks again, and is
+    published with the unit. `state` is DONE, or DEAD when the message is given up.
+
+    `fences` names the command that this one undoes, with `fence` saying what is demanded of it (same consumer).
+    """
+
+    consumer: str
+    message_id: UUID
+    key: str
+    reply: Envelope | None = None
+    state: ClaimState = ClaimState.DONE
+    fences: UUID | None = None
+    fence: Fence | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Answer to "what became of this id?". `reply` is the stored one, its token included."""
+
+    state: ClaimState
+    reply: Envelope | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Events for one stream. `expected` is the version before the first of them; within one call the next append to
+    the same stream expects what this one makes. The store sets stream, version and position; ids are the writer's."""
+
+    stream: StreamId
+    expected: ExpectedVersion
+    envelopes: tuple[Envelope, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """Due once, not early, by the store's clock. Handled by any worker under the claim (consumer, id); the unit that
+    handles it cancels it. Staging a timer whose (consumer, id) exists changes nothing."""
+
+    consumer: str
+    id: UUID
+    key: str
+    due_at: datetime
+    envelope: Envelope
+
+
+@dataclass(frozen=True, slots=True)
+class CancelTimer:
+    """Takes a timer away; nothing happens when it is not there."""
+
+    consumer: str
+    id: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message given up, with its bytes and its history. `id` is the message's, or uuid5 of topic, partition and
+    offset where it has none. Written with the claim; a second one with the same (consumer, id) changes nothing.
+
+    `envelope` is None when the bytes never became one. `copy` goes to the `.dlq` topic as an outgoing row.
+    """
+
+    consumer: str
+    id: UUID
+    topic: str
+    partition: int
+    offset: Offset
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...]
+    failure: Failure
+    type: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Watermark:
+    """All records of `topic`/`partition` below `offset` are handled by `group`. It never goes back."""
+
+    group: str
+    topic: str
+    partition: int
+    offset: Offset
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Everything that one message changes, as a value, committed whole. Without a claim it always tries to write."""
+
+    claim: Claim | None = None
+    appends: tuple[Append, ...] = ()
+    asserts: tuple[tuple[StreamId, Version], ...] = ()
+    outgoing: tuple[Envelope, ...] = ()
+    timers: tuple[Timer | CancelTimer, ...] = ()
+    dead_letter: DeadLetter | None = None
+
+
+class Verdict(StrEnum):
+    COMMITTED = "committed"
+    DUPLICATE = "duplicate"
+    CONFLICT = "conflict"
+    CANCELLED = "cancelled"
+    STARTED = "started"
+    PARKED = "parked"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a unit.
+
+    COMMITTED: `position` is its last event (0: it had none), `public` its last public one, `versions` the new version
+    of each stream it appended to. DUPLICATE: the claim was taken before, `reply` is what is stored with it. An append
+    without a claim that repeats event ids at an explicit expected version is COMMITTED again with its first result.
+    CONFLICT: `stream`, `expected` and `actual` name the first mismatch (None when it was a fence, or when an earlier
+    unit of the call was lost). CANCELLED: the claim was cancelled by an undo.
+    """
+
+    verdict: Verdict
+    position: Position = 0
+    public: Position = 0
+    versions: Mapping[StreamId, Version] = field(default_factory=dict)
+    reply: Envelope | None = None
+    stream: StreamId | None = None
+    expected: ExpectedVersion | None = None
+    actual: Version | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A stream to load, from the event after version `after`, up to `limit` events (None: all).
+    `snapshot_schema` is reserved for snapshots."""
+
+    stream: StreamId
+    after: Version = 0
+    limit: int | None = None
+    snapshot_schema: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """`version` is the stream's own at the time of reading (0: it does not exist), whatever `limit` was."""
+
+    stream: StreamId
+    version: Version
+    records: Sequence[Envelope]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Records in position order, and `upto`: everything at or below it has been seen. Read on with `after=upto`;
+    `upto` may be ahead of the last record (rolled back or filtered positions). `head` is the log's watermark now."""
+
+    records: Sequence[Envelope]
+    upto: Position
+    head: Position
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Leadership of `name`; `token` rises with every new leader. `position` is the checkpoint found when it began."""
+
+    name: str
+    token: int
+    position: Position
+
+
+@runtime_checkable
+class Tx(Protocol):
+    """A transaction of the store's own database, for a user's SQL and staged units together."""
+
+    @property
+    def sql(self) -> AsyncConnection: ...
+
+
+class Store(Protocol):
+    """One service's database. Opening it applies nothing: see `migrate`."""
+
+    service: str
+    epoch: int
+    """The log's source epoch; raised when the database is restored from a backup."""
+
+    async def load(self, wanted: Sequence[Wanted]) -> Sequence[Slice]:
+        """One round trip for all; answers in the order of `wanted`, each a consistent prefix of its stream."""
+        ...
+
+    async def examine(self, consumer: str, ids: Sequence[tuple[UUID, str]]) -> Sequence[Standing]:
+        """What became of each (message id, key); NEW when nothing is known."""
+        ...
+
+    async def begin_effect(self, claim: Claim, *, lease_s: float) -> Standing:
+        """Reserved for effect handlers: records the claim as STARTED. Raises NotImplementedError until then."""
+        ...
+
+    async def commit(
+        self, units: Sequence[Unit], *, watermarks: Sequence[Watermark] = (), tx: Tx | None = None
+    ) -> Sequence[Outcome]:
+        """Write each unit whole or not at all; a unit that loses, loses alone (but for followers, see the module).
+
+        Outcomes come in the order of `units`. `watermarks` are stored in the same transaction, whatever the outcomes.
+        Replies are stamped with a Token. Raises StoreUnavailable when it is unknown whether anything was written: call
+        again with the same units, what was committed answers DUPLICATE. Raises BadUnit (nothing is written) when a
+        unit itself is malformed.
+        """
+        ...
+
+    async def park(self, consumer: str, envelope: Envelope, why: Failure) -> Outcome:
+        """Reserved for parking. Raises NotImplementedError until then."""
+        ...
+
+    def transaction(self) -> AbstractAsyncContextManager[Tx]:
+        """A transaction with `tx.sql`, an SQLAlchemy connection; committed when the context ends without an error."""
+        ...
+
+    async def read_all(self, *, after: Position, limit: int, outgoing: bool = False) -> Page:
+        """In position order: once `after` was passed, nothing appears at or below it, ever."""
+        ...
+
+    async def head(self) -> Position:
+        """The log's watermark: every committed record up to it can be read."""
+        ...
+
+    async def wait_past(self, position: Position, *, timeout_s: float) -> None:
+        """Returns once the log may hold something above `position`, or after `timeout_s`. Woken at once by commits of
+        this process, by a notification or a cheap poll for others'."""
+        ...
+
+    async def watermarks(self, group: str) -> Mapping[tuple[str, int], Offset]:
+        """Per (topic, partition) what was stored with the units."""
+        ...
+
+    async def forget_outgoing(self, *, upto: Position) -> int:
+        """Deletes outgoing rows at or below `upto` (they are published); answers how many."""
+        ...
+
+    async def dead_letters(
+        self, *, after: tuple[datetime, UUID] | None = None, limit: int = 100
+    ) -> Sequence[DeadLetter]:
+        """Oldest first."""
+        ...
+
+    @property
+    def leases(self) -> Leases: ...
+
+    @property
+    def timers(self) -> Timers: ...
+
+
+class Leases(Protocol):
+    def lead(self, name: str, *, ttl_s: float = 10.0) -> AbstractAsyncContextManager[Leadership]:
+        """Waits until this process leads `name`, renews while the context lasts, gives up at its end."""
+        ...
+
+    async def mark(self, lease: Lease, *, old: Position, new: Position) -> None:
+        """Moves the checkpoint by compare-and-set on token and `old`. Raises Fenced: somebody else leads, or `old` is
+        not what is stored; nothing changed."""
+        ...
+
+    async def position(self, name: str) -> Position:
+        """The checkpoint, for lag; 0 when there was never a leader."""
+        ...
+
+
+class Leadership(Protocol):
+    lease: Lease
+
+    @property
+    def lost(self) -> bool:
+        """True once renewal failed for longer than the time to live: stop. `mark` is what truly fences."""
+        ...
+
+
+class Timers(Protocol):
+    async def due(self, *, limit: int, lease_s: float = 30.0) -> Sequence[Timer]:
+        """Timers whose time has come, earliest first, each hidden from other callers for `lease_s`: a worker that dies
+        is followed by another. What `due` gave is taken away by the unit that handles it."""
+        ...
+
+    async def next_due(self) -> datetime | None:
+        """When the earliest timer (hidden ones at the end of their lease) comes up; None: there is none."""
+        ...
+
+    async def release(self, timer: Timer, *, delay_s: float) -> None:
+        """Not handled: show it again after `delay_s`."""
+        ...
+
+    def now(self) -> datetime:
+        """The clock that decides what is due, as far as this process can tell."""
+        ...
+
+
+__all__ = [
+    "ANY",
+    "Append",
+    "CancelTimer",
+    "Claim",
+    "ClaimState",
+    "DeadLetter",
+    "ExpectedVersion",
+    "Fence",
+    "Leadership",
+    "Lease",
+    "Leases",
+    "Outcome",
+    "Page",
+    "Slice",
+    "Standing",
+    "Store",
+    "Timer",
+    "Timers",
+    "Token",
+    "Tx",
+    "Unit",
+    "Verdict",
+    "Wanted",
+    "Watermark",
+]
