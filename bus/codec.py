@@ -40,7 +40,7 @@ class Codec(Protocol):
         ...
 
     def encode_reply(self, command: Envelope, answer: BaseModel | Refused | None, origin: Origin) -> Envelope:
-        """The answer to `command`, addressed to its `reply_to` (which must be there)."""
+        """The answer to `command`, addressed to its `reply_to`; without one it is kept for whoever asks, not published."""
         ...
 
     def decode_reply(self, reply: Envelope, command: type[Command[BaseModel | None]]) -> BaseModel | Refused | None:
@@ -170,23 +170,22 @@ class JsonCodec:
 
 
 def reply_envelope(command: Envelope, outcome: ReplyOutcome, data: bytes, origin: Origin) -> Envelope:
-    """A reply of any outcome, addressed to the command's `reply_to`."""
+    """A reply of any outcome, addressed to the command's `reply_to`; without one it has no topic: kept, not published."""
     to = command.reply_to
-    assert to is not None, "a command without reply_to is not answered"
     return Envelope(
         id=origin.id,
         kind=Kind.REPLY,
         type=reply_type_name(command.type),
         source=origin.source,
-        key=to.key,
+        key=to.key if to else command.key,
         data=data,
         time=origin.time,
         correlation_id=command.correlation_id,
         causation_id=command.id,
-        reply_to=ReplyTo(to.topic, to.key, to.instance),
+        reply_to=to,
         outcome=outcome,
         tenant=command.tenant,
-        topic=to.topic,
+        topic=to.topic if to else None,
         headers=origin.headers,
     )
 

@@ -155,7 +155,7 @@ class Refused(Exception):
     """A business answer of "no": replied to the caller, never retried. Subclass it once per reason.
 
     `class AlreadyPlaced(Refused, code="order.already-placed")`. Keyword arguments become JSON attributes that
-    travel with the reply; an unknown code arrives as plain `Refused`. Raising one commits claim and reply, nothing else.
+    travel with the reply; an unknown code arrives as plain `Refused`. Raising one commits claim and reply only.
     """
 
     code: str = "refused"

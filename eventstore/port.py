@@ -58,7 +58,7 @@ class Fence(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Claim:
     """The record that `consumer` has taken `message_id`. `reply` is stored with it for whoever asks again, and is
-    published with the unit. `state` is DONE, or DEAD when the message is given up.
+    published with the unit if it has a topic. `state` is DONE, or DEAD when the message is given up.
 
     `fences` names the command that this one undoes, with `fence` saying what is demanded of it (same consumer).
     """
