@@ -12,8 +12,8 @@ from uuid import UUID
 from pydantic import BaseModel, JsonValue, TypeAdapter, ValidationError
 
 from bus.envelope import Envelope, Kind, Origin, ReplyOutcome, ReplyTo
-from bus.errors import BadInput, Undecodable
-from bus.messages import Command, Event, Message, Query, Refused, TypeName
+from bus.errors import MessageTooLarge, Undecodable
+from bus.messages import Command, Event, Message, Query, Refused
 from bus.registry import Registry
 
 KEY_BYTES_MAX = 1024
@@ -201,6 +201,19 @@ def died_error(reply: Envelope) -> str:
     return body.error
 
 
+HEADROOM_BYTES = 4096
+"""What ids, times and trace context may take on the wire, on top of the data and the key."""
+
+
+def check_size(envelope: Envelope, limit: int) -> None:
+    """Raises MessageTooLarge when `envelope` may not fit into a record of `limit` bytes; asked when it is staged."""
+    size = len(envelope.data) + len(envelope.key.encode()) + HEADROOM_BYTES
+    if envelope.headers:
+        size += sum(len(name) + len(value.encode()) for name, value in envelope.headers.items())
+    if size > limit:
+        raise MessageTooLarge(envelope.type, size=size, limit=limit)
+
+
 def _validate(model: type[BaseModel], data: bytes, name: str) -> BaseModel:
     try:
         validated: BaseModel = model.__pydantic_validator__.validate_json(data)
@@ -221,19 +234,3 @@ def explain(error: ValidationError, *, most: int = 3) -> str:
     if len(found) > most:
         lines.append(f"and {len(found) - most} more")
     return "; ".join(lines)
-
-
-__all__ = [
-    "BadInput",
-    "Codec",
-    "JsonCodec",
-    "TypeName",
-    "check_key",
-    "command_type_name",
-    "died_error",
-    "died_reply",
-    "explain",
-    "kind_of",
-    "reply_envelope",
-    "reply_type_name",
-]

@@ -1,0 +1,106 @@
+"""Foldbus: event-sourced services that talk over Kafka, with sagas that undo themselves and read models that rebuild.
+
+Users import from here. The rooms beside this package (`bus`, `eventstore`, `sagas`, `projections`) are its siblings;
+other distributions ship modules of these names, so an intruder is named rather than half used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+_HOME = Path(__file__).resolve().parent.parent
+
+
+def _check_siblings() -> None:
+    for room in ("bus", "eventstore", "sagas", "projections"):
+        found = importlib.util.find_spec(room)
+        origin = Path(found.origin).resolve() if found is not None and found.origin else None
+        if origin is None or origin.parent.parent != _HOME:
+            raise ImportError(
+                f"foldbus needs its own package {room!r} beside it, but this environment offers "
+                f"{origin or 'none'}; another distribution or a file of yours has that name: rename or remove it"
+            )
+
+
+_check_siblings()
+
+from bus.envelope import Envelope, StreamId, Token  # noqa: E402
+from bus.errors import (  # noqa: E402
+    BadMessageClass,
+    BusError,
+    Cancelled,
+    Died,
+    FoldbusError,
+    MessageTooLarge,
+    MissingTopics,
+    OutcomeUnknown,
+    TopicMismatch,
+    TransportUnavailable,
+)
+from bus.messages import Command, Event, Key, Message, Query, Refused  # noqa: E402
+from bus.metrics import MemoryMetrics, Metrics  # noqa: E402
+from eventstore.decider import BadDecider, BadDecision, Decider  # noqa: E402
+from eventstore.errors import EventStoreError, StoreUnavailable, WrongExpectedVersion  # noqa: E402
+from foldbus.connection import Connection, Receipt, Status, token_of  # noqa: E402
+from foldbus.service import BadService, Service  # noqa: E402
+from foldbus.worker import Worker, WorkerSettings  # noqa: E402
+from projections import Projection, projection  # noqa: E402
+from sagas import (  # noqa: E402
+    SagaDefinition,
+    SagaRun,
+    StepCancelled,
+    StepDied,
+    StepFailed,
+    StepRefused,
+    StepTimedOut,
+    saga,
+)
+
+__all__ = [
+    "BadDecider",
+    "BadDecision",
+    "BadMessageClass",
+    "BadService",
+    "BusError",
+    "Cancelled",
+    "Command",
+    "Connection",
+    "Decider",
+    "Died",
+    "Envelope",
+    "Event",
+    "EventStoreError",
+    "FoldbusError",
+    "Key",
+    "MemoryMetrics",
+    "Message",
+    "MessageTooLarge",
+    "Metrics",
+    "MissingTopics",
+    "OutcomeUnknown",
+    "Projection",
+    "Query",
+    "Receipt",
+    "Refused",
+    "SagaDefinition",
+    "SagaRun",
+    "Service",
+    "Status",
+    "StepCancelled",
+    "StepDied",
+    "StepFailed",
+    "StepRefused",
+    "StepTimedOut",
+    "StoreUnavailable",
+    "StreamId",
+    "Token",
+    "TopicMismatch",
+    "TransportUnavailable",
+    "Worker",
+    "WorkerSettings",
+    "WrongExpectedVersion",
+    "projection",
+    "saga",
+    "token_of",
+]

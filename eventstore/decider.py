@@ -1,0 +1,224 @@
+"""Aggregates: two pure functions in a value, and their adapter to the handler runtime.
+
+A `Decider` folds events into state and decides new events. It knows no bytes and no store; a test calls its functions.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel
+
+from bus.codec import Codec, reply_envelope
+from bus.envelope import Envelope, Origin, ReplyOutcome, StreamId
+from bus.errors import UnknownType
+from bus.messages import Command, Event, Message, Refused
+from bus.seams import Clock, Ids
+from eventstore.behaviour import Decision
+from eventstore.errors import EventStoreError
+
+S = TypeVar("S")
+C = TypeVar("C", bound=Command[Any])
+E = TypeVar("E", bound=Event)
+M = TypeVar("M", bound=Message)
+
+
+class BadDecider(EventStoreError):
+    """A decider is declared so that it cannot work: found at start-up or at its definition."""
+
+
+class BadDecision(EventStoreError):
+    """`decide` gave something that cannot be stored: an event of another key or an undeclared type, or no reply."""
+
+
+class Decider(Generic[S, C, E]):
+    """One kind of aggregate: `initial` state, `evolve(state, event) -> state`, `decide(state, command) -> events`.
+
+    Which commands and events it handles is read from the annotations (a class or a union of classes). `category` is the
+    first half of its stream ids. Events carry the command's key. A command is answered with the first decided event
+    of its reply type, or by `reply(state, command, events)`, where `state` is the one after the events. `Refused`
+    raised in `decide` is the answer no. A raised `version` will invalidate snapshots.
+    """
+
+    def __init__(
+        self,
+        category: str,
+        *,
+        initial: S,
+        evolve: Callable[[S, E], S],
+        decide: Callable[[S, C], Sequence[E]],
+        reply: Callable[[S, C, Sequence[E]], BaseModel | None] | None = None,
+        version: int = 1,
+    ) -> None:
+        self.category, self.initial, self.version = category, initial, version
+        self.evolve, self.decide, self.reply = evolve, decide, reply
+        self.commands: tuple[type[Command[Any]], ...] = parameter_types(decide, 1, Command)
+        self.events: tuple[type[Event], ...] = parameter_types(evolve, 1, Event)
+        for command in self.commands:
+            wanted = command.reply_type()
+            if wanted is not None and reply is None and not any(issubclass(event, wanted) for event in self.events):
+                raise BadDecider(
+                    f"decider {category!r} can give no reply to {command.__name__}: it wants {wanted.__name__}, "
+                    f"which is none of the events {', '.join(event.__name__ for event in self.events)}; "
+                    "decide such an event or pass reply="
+                )
+
+    def stream(self, key: object) -> StreamId:
+        """The stream of one aggregate."""
+        return StreamId(self.category, str(key))
+
+    def __repr__(self) -> str:
+        return f"Decider({self.category!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """A folded stream: its state, and which decider folded it."""
+
+    decider: Decider[Any, Any, Any]
+    state: Any
+
+
+class DeciderBehaviour:
+    """All deciders of one service behind the runtime's `Behaviour`; the command's type says which one decides."""
+
+    def __init__(
+        self, deciders: Sequence[Decider[Any, Any, Any]], *, service: str, codec: Codec, ids: Ids, clock: Clock
+    ) -> None:
+        self._service, self._codec, self._ids, self._clock = service, codec, ids, clock
+        self._by_command: dict[str, Decider[Any, Any, Any]] = {}
+        self._by_category: dict[str, Decider[Any, Any, Any]] = {}
+        for decider in deciders:
+            if self._by_category.setdefault(decider.category, decider) is not decider:
+                raise BadDecider(f"two deciders share the category {decider.category!r}; wanted one each")
+            for command in decider.commands:
+                name = str(command.type_name)
+                if self._by_command.setdefault(name, decider) is not decider:
+                    other = self._by_command[name]
+                    raise BadDecider(f"{name} is decided by {other!r} and by {decider!r}; wanted one")
+
+    def stream_of(self, envelope: Envelope) -> StreamId:
+        decider = self._by_command.get(envelope.type)
+        if decider is None:
+            raise UnknownType(f"no decider of service {self._service!r} takes {envelope.type!r}")
+        return StreamId(decider.category, envelope.key)
+
+    def initial(self, stream: StreamId) -> Aggregate:
+        decider = self._by_category[stream.category]
+        return Aggregate(decider, decider.initial)
+
+    def fold(self, state: Aggregate, records: Sequence[Envelope]) -> Aggregate:
+        folded, evolve, decode = state.state, state.decider.evolve, self._codec.decode
+        for record in records:
+            folded = evolve(folded, decode(record))
+        return Aggregate(state.decider, folded)
+
+    def decide(self, state: Aggregate, envelope: Envelope) -> Decision[Aggregate]:
+        command = self._codec.decode(envelope)
+        decider = state.decider
+        now = self._clock.now()
+        try:
+            events = decider.decide(state.state, command)
+        except Refused as refusal:
+            return Decision(state, reply=self._answer(envelope, refusal, self._origin(envelope, now)))
+        folded = state.state
+        staged = []
+        for event in events:
+            self._check(decider, command, event)
+            folded = decider.evolve(folded, event)
+            topic = f"{self._service}.events" if type(event).public else None
+            staged.append(self._codec.encode(event, self._origin(envelope, now), topic=topic))
+        value = self._reply_value(decider, folded, command, events)
+        reply = self._answer(envelope, value, self._origin(envelope, now))
+        return Decision(Aggregate(decider, folded), events=tuple(staged), reply=reply)
+
+    def _origin(self, cause: Envelope, now: Any) -> Origin:
+        return Origin(
+            self._service, self._ids.new(), now, cause.correlation_id, cause.id, cause.tenant, cause.actor, trace(cause)
+        )
+
+    def _answer(self, command: Envelope, answer: BaseModel | Refused | None, origin: Origin) -> Envelope:
+        return self._codec.encode_reply(command, answer, origin)
+
+    def nothing_to_undo(self, undo: Envelope) -> Envelope:
+        """The answer to an undo whose step had no effect: ok, without a value."""
+        return reply_envelope(undo, ReplyOutcome.OK, b"null", self._origin(undo, self._clock.now()))
+
+    def _check(self, decider: Decider[Any, Any, Any], command: Message, event: object) -> None:
+        if not isinstance(event, decider.events):
+            raise BadDecision(
+                f"{decider!r} decided {type(event).__name__} for {type(command).__name__}; wanted one of "
+                f"{', '.join(known.__name__ for known in decider.events)}; nothing was stored"
+            )
+        if event.key != command.key:
+            raise BadDecision(
+                f"{decider!r} decided {type(event).__name__} with key {event.key!r} for a command with key "
+                f"{command.key!r}; events carry their command's key; nothing was stored"
+            )
+
+    def _reply_value(
+        self, decider: Decider[Any, Any, Any], state: Any, command: Message, events: Sequence[Event]
+    ) -> BaseModel | None:
+        assert isinstance(command, Command)
+        wanted = command.reply_type()
+        if decider.reply is not None:
+            value: BaseModel | None = decider.reply(state, command, events)
+            if value is not None and wanted is not None and not isinstance(value, wanted):
+                raise BadDecision(
+                    f"reply= of {decider!r} answered {type(command).__name__} with {type(value).__name__}; "
+                    f"wanted {wanted.__name__}; nothing was stored"
+                )
+        elif wanted is None:
+            return None
+        else:
+            value = next((event for event in events if isinstance(event, wanted)), None)
+        if value is None and wanted is not None:
+            raise BadDecision(
+                f"{decider!r} decided {[type(event).__name__ for event in events]} for {type(command).__name__}, "
+                f"which is answered with {wanted.__name__}: decide one, refuse, or pass reply=; nothing was stored"
+            )
+        return value if wanted is not None else None
+
+
+_TRACE = ("traceparent", "tracestate")
+
+
+def trace(cause: Envelope) -> Mapping[str, str]:
+    """The W3C trace context of the message being handled, for those it gives rise to."""
+    if not cause.headers:
+        return cause.headers
+    return {name: cause.headers[name] for name in _TRACE if name in cause.headers}
+
+
+def parameter_types(function: Callable[..., Any], index: int, root: type[M]) -> tuple[type[M], ...]:
+    """The message classes that a function's parameter is annotated with: one, or a union. Raises BadDecider."""
+    name = getattr(function, "__qualname__", repr(function))
+    parameters = list(typing.get_type_hints(function)) if hasattr(function, "__annotations__") else []
+    try:
+        hints = typing.get_type_hints(function)
+        code = function.__code__
+        parameter = code.co_varnames[: code.co_argcount][index]
+        annotation = hints[parameter]
+    except (AttributeError, IndexError, KeyError, NameError) as error:
+        raise BadDecider(
+            f"{name} does not say which {root.__name__}s it takes (found {parameters or 'no annotations'}): annotate "
+            f"its parameter number {index + 1} with a class or a union of classes, importable where it is defined"
+        ) from error
+    found = _classes(annotation)
+    for one in found:
+        if not (isinstance(one, type) and issubclass(one, root) and hasattr(one, "type_name")):
+            raise BadDecider(f"{name} takes {one!r} as {parameter}; wanted subclasses of {root.__name__} with a type=")
+    return typing.cast("tuple[type[M], ...]", found)
+
+
+def _classes(annotation: object) -> tuple[object, ...]:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _classes(typing.get_args(annotation)[0])
+    if origin is typing.Union or origin is types.UnionType:
+        return tuple(one for part in typing.get_args(annotation) for one in _classes(part))
+    return (annotation,)

@@ -1,0 +1,3 @@
+from foldbus.cli import main
+
+main()

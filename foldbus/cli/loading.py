@@ -1,0 +1,71 @@
+"""What commands share: finding the service that `module:name` means, settings with options over them, logging."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from bus.errors import FoldbusError
+from foldbus.service import Service
+from foldbus.settings import Settings
+
+AppArgument = Annotated[str, typer.Argument(metavar="MODULE:NAME", help="The service, as shop.orders:app")]
+StoreOption = Annotated[str | None, typer.Option("--store", help="sqlite:DIRECTORY or postgresql://… (FOLDBUS_STORE)")]
+BusOption = Annotated[str | None, typer.Option("--bus", help="embedded:DIRECTORY or kafka://… (FOLDBUS_BUS)")]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of a table")]
+
+
+class CannotLoad(FoldbusError):
+    """`module:name` is no service."""
+
+
+def load_service(path: str) -> Service:
+    """The service behind `package.module:name`; the working directory counts, as with `python -m`."""
+    module_name, colon, name = path.partition(":")
+    if not colon or not module_name or not name:
+        raise CannotLoad(f"{path!r} names no service; wanted MODULE:NAME, for example shop.orders:app")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise CannotLoad(f"{path!r}: {error}; looked in the working directory and in this environment") from error
+    found = getattr(module, name, None)
+    if not isinstance(found, Service):
+        raise CannotLoad(f"{path!r} is {type(found).__name__}, wanted a foldbus.Service")
+    return found
+
+
+def settings(store: str | None = None, bus: str | None = None) -> Settings:
+    """The environment's settings, with what the command line says over them."""
+    read = Settings()
+    return read.model_copy(update={name: value for name, value in (("store", store), ("bus", bus)) if value})
+
+
+def log_to_stderr(*, quiet: bool = False) -> None:
+    """Warnings and worse when quiet, else everything from INFO; one JSON line each when nobody watches."""
+    handler = logging.StreamHandler(sys.stderr)
+    if not sys.stderr.isatty():
+        handler.setFormatter(_JsonLines())
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
+    if quiet:
+        logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": self.formatTime(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["stack"] = self.formatException(record.exc_info)
+        return json.dumps(line)

@@ -1,0 +1,298 @@
+"""`Connection`: a service as the program around it sees it. Send, request, execute, publish, look at read models.
+
+Opened by `Service.connect()`; with `worker=True` the service's worker (`worker.py`) runs beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
+from uuid import UUID
+
+from pydantic import BaseModel
+
+from bus.codec import check_size, died_error
+from bus.envelope import Envelope, Origin, ReplyOutcome, ReplyTo, Token
+from bus.errors import Cancelled, Died, OutcomeUnknown
+from bus.messages import Command, Event, Message, Refused
+from bus.metrics import MemoryMetrics, Metrics
+from bus.processing import Again, Failed, Item
+from bus.registry import service_of
+from bus.seams import Clock, Failpoint, Ids, NoFailpoints, SystemClock, Uuid7Ids
+from bus.topics import apply, validate
+from bus.transport import Transport
+from eventstore.port import ClaimState, Store, Tx, Unit, Verdict
+from foldbus.backends import is_embedded_bus, open_store, open_transport
+from foldbus.outbox import Inbox, Publisher
+from foldbus.views import View
+
+if TYPE_CHECKING:
+    from foldbus.service import Service
+    from foldbus.worker import Worker
+    from projections import Projection
+
+log = logging.getLogger("foldbus.client")
+
+R = TypeVar("R")
+Row = TypeVar("Row", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt(Generic[R]):
+    """An answer with the place in the log where it was decided, for `after=`."""
+
+    value: R
+    token: Token | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What became of a message of this service: its claim's state, and the answer if there is one."""
+
+    state: ClaimState
+    reply: Envelope | None
+
+
+_TOKEN = "_foldbus_token"
+
+
+def token_of(answer: object) -> Token | None:
+    """The token that travelled with an answer; None for None answers, and for models made by hand."""
+    if isinstance(answer, Token):
+        return answer
+    if isinstance(answer, Receipt):
+        return answer.token
+    return cast("Token | None", getattr(answer, "__dict__", {}).get(_TOKEN))
+
+
+class StagedUnit:
+    """What `Connection.unit()` collects; committed when the context ends without an error."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._outgoing: list[Envelope] = []
+
+    def publish(self, event: Event) -> UUID:
+        """Stored with the unit, published after its commit. Raises MessageTooLarge at once."""
+        service = self._connection.service
+        topic = f"{service.name}.events"
+        return self._stage(event, topic)
+
+    def send(self, command: Command[Any], *, id: UUID | None = None) -> UUID:
+        """Stored with the unit, sent after its commit; nobody waits for the answer."""
+        return self._stage(command, f"{service_of(type(command))}.commands", id)
+
+    def _stage(self, message: Message, topic: str, id: UUID | None = None) -> UUID:
+        envelope = self._connection.envelope(message, topic=topic, id=id)
+        self._connection.check_size(envelope)
+        self._outgoing.append(envelope)
+        return envelope.id
+
+    def unit(self) -> Unit:
+        return Unit(outgoing=tuple(self._outgoing))
+
+
+class Connection:
+    """A service, connected. Safe for many tasks at once; closes with its context."""
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        store: Store,
+        transport: Transport,
+        clock: Clock,
+        ids: Ids,
+        metrics: Metrics,
+        failpoint: Failpoint,
+    ) -> None:
+        self.service, self.store, self.transport = service, store, transport
+        self.clock, self.ids, self.metrics, self.failpoint = clock, ids, metrics, failpoint
+        self.publisher = Publisher(transport)
+        self.inbox = Inbox(transport, f"{service.name}.inbox", str(ids.new()), metrics)
+        self.worker: Worker | None = None
+
+    # --- messages -----------------------------------------------------------------------------------------------
+
+    async def send(self, command: Command[Any], *, id: UUID | None = None) -> UUID:
+        """In the command's topic when it returns: it will be handled. The same `id` again has one effect.
+
+        Raises MessageTooLarge, MissingTopics (it was not sent) or OutcomeUnknown (send it again with its id).
+        """
+        envelope = self.envelope(command, topic=f"{service_of(type(command))}.commands", id=id)
+        await self.publisher.publish(envelope)
+        return envelope.id
+
+    @overload
+    async def request(
+        self, command: Command[R], *, timeout_s: float = ..., id: UUID | None = ..., receipt: Literal[False] = ...
+    ) -> R: ...
+
+    @overload
+    async def request(
+        self, command: Command[R], *, timeout_s: float = ..., id: UUID | None = ..., receipt: Literal[True]
+    ) -> Receipt[R]: ...
+
+    async def request(
+        self, command: Command[R], *, timeout_s: float = 5.0, id: UUID | None = None, receipt: bool = False
+    ) -> R | Receipt[R]:
+        """Sends, and waits for the typed answer.
+
+        Raises the `Refused` that the service answered; Died or Cancelled when it was certainly not done; OutcomeUnknown
+        when no answer came in `timeout_s`: call again with `id=error.id`, which has no second effect and brings the
+        stored answer.
+        """
+        await self.inbox.ready()
+        message_id = id or self.ids.new()
+        to = ReplyTo(self.inbox.topic, self.inbox.instance, self.inbox.instance)
+        deadline = self.clock.now() + timedelta(seconds=timeout_s)
+        envelope = self.envelope(
+            command, topic=f"{service_of(type(command))}.commands", id=message_id, reply_to=to, deadline=deadline
+        )
+        answer = self.inbox.expect(message_id)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.publisher.publish(envelope)
+                reply = await asyncio.shield(answer)
+        except TimeoutError:
+            self.metrics.count("foldbus_unknown_outcomes_total")
+            raise OutcomeUnknown(message_id, why=f"no answer within {timeout_s} s") from None
+        finally:
+            self.inbox.forget(message_id)
+        return self._answer(command, reply, receipt=receipt)
+
+    async def execute(self, command: Command[R], *, id: UUID | None = None) -> R:
+        """Decides here and now, without the bus: committed when it returns. For the service's own commands.
+
+        The same `id` again brings the first answer. Raises the `Refused`, or what the decider raised (nothing was
+        committed).
+        """
+        processor = self._own_processor()
+        message_id = id or self.ids.new()
+        item = Item(self.envelope(command, topic=None, id=message_id), None)
+        while True:
+            (result,) = await processor.process([item], {})
+            if isinstance(result, Failed):
+                raise result.error
+            if not isinstance(result, Again):
+                break
+            if result.after_s:
+                await asyncio.sleep(result.after_s)
+        (standing,) = await self.store.examine(processor.consumer, [(message_id, command.key)])
+        if standing.reply is None:
+            raise Died(message_id, error=f"its claim says {standing.state}")
+        return cast("R", self._answer(command, standing.reply, receipt=False))
+
+    async def status(self, id: UUID) -> Status:
+        """What became of a command of this service, whoever sent it. Standing NEW: it has not been handled (yet)."""
+        (standing,) = await self.store.examine(self.service.name, [(id, "")])
+        return Status(standing.state, standing.reply)
+
+    @asynccontextmanager
+    async def unit(self, *, tx: Tx | None = None) -> AsyncIterator[StagedUnit]:
+        """Stages messages and commits them together; with `tx`, in that transaction of the store's database."""
+        staged = StagedUnit(self)
+        yield staged
+        (outcome,) = await self.store.commit([staged.unit()], tx=tx)
+        assert outcome.verdict is Verdict.COMMITTED, outcome
+
+    def view(self, projection: Projection[Row]) -> View[Row]:
+        """A read model of this service, to look at: `get(key, after=answer)` waits until it has seen that answer."""
+        return View.of(self, projection)
+
+    # --- helpers of the rooms beside this one -------------------------------------------------------------------
+
+    def envelope(
+        self,
+        message: Message,
+        *,
+        topic: str | None,
+        id: UUID | None = None,
+        reply_to: ReplyTo | None = None,
+        deadline: Any = None,
+    ) -> Envelope:
+        message_id = id or self.ids.new()
+        origin = Origin(self.service.name, message_id, self.clock.now(), correlation_id=message_id)
+        return self.service.codec.encode(message, origin, topic=topic, reply_to=reply_to, deadline=deadline)
+
+    def check_size(self, envelope: Envelope) -> None:
+        check_size(envelope, self.transport.max_bytes)
+
+    def _own_processor(self) -> Any:
+        from foldbus.worker import command_processor
+
+        if not hasattr(self, "_processor"):
+            self._processor = command_processor(self)
+        return self._processor
+
+    def _answer(self, command: Command[R], reply: Envelope, *, receipt: bool) -> R | Receipt[R]:
+        if reply.causation_id is None:
+            raise OutcomeUnknown(reply.id, why="the answer names no command")
+        match reply.outcome:
+            case ReplyOutcome.DIED:
+                raise Died(reply.causation_id, error=died_error(reply))
+            case ReplyOutcome.CANCELLED:
+                raise Cancelled(reply.causation_id)
+            case _:
+                value = self.service.codec.decode_reply(reply, type(command))
+        if isinstance(value, Refused):
+            raise value
+        if receipt:
+            return Receipt(cast("R", value), reply.token)
+        if value is not None and reply.token is not None:
+            # Beside the fields: kept out of equality, hash and dump.
+            object.__setattr__(value, _TOKEN, reply.token)
+        return cast("R", value)
+
+
+@asynccontextmanager
+async def connect(
+    service: Service,
+    *,
+    store: str,
+    bus: str,
+    worker: bool = False,
+    migrate: bool | None = None,
+    apply_topics: bool | None = None,
+    clock: Clock | None = None,
+    ids: Ids | None = None,
+    metrics: Metrics | None = None,
+    failpoint: Failpoint | None = None,
+    **options: Any,
+) -> AsyncIterator[Connection]:
+    """See `Service.connect`."""
+    from foldbus.worker import Worker
+
+    clock, ids, metrics = clock or SystemClock(), ids or Uuid7Ids(), metrics or MemoryMetrics()
+    async with AsyncExitStack() as stack:
+        transport = await stack.enter_async_context(
+            open_transport(
+                bus,
+                clock=clock,
+                metrics=metrics,
+                settings=options.pop("poll", None),
+                client_id=f"foldbus-{service.name}",
+            )
+        )
+        if apply_topics or (apply_topics is None and is_embedded_bus(bus)):
+            await apply(transport.admin, service.topics)
+        else:
+            await validate(transport.admin, service.topics)
+        opened = await stack.enter_async_context(
+            open_store(store, service.name, clock=clock, ids=ids, metrics=metrics, migrate=migrate)
+        )
+        connection = Connection(
+            service, store=opened, transport=transport, clock=clock, ids=ids, metrics=metrics,
+            failpoint=failpoint or NoFailpoints(),
+        )  # fmt: skip
+        stack.push_async_callback(connection.publisher.close)
+        stack.push_async_callback(connection.inbox.close)
+        if worker:
+            connection.worker = Worker(connection, **options)
+            await stack.enter_async_context(connection.worker.running())
+        yield connection

@@ -1,0 +1,278 @@
+"""The worker: everything a service runs, in one task group.
+
+| part | reads | group |
+| --- | --- | --- |
+| commands | `<service>.commands` | `<service>` |
+| each saga's starts | the topic of its start event | `<service>.saga.<name>` |
+| replies, timeouts, operators' verbs of all sagas | `<service>.replies` | `<service>.replies` |
+| relay | own log | by lease |
+| each projection | own log, others' topics | by lease, without a group |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bus.cloudevents import from_record
+from bus.codec import command_type_name
+from bus.consumer import ConsumerEngine, EngineSettings
+from bus.envelope import Envelope
+from bus.errors import MissingTopics, Undecodable, UnknownType
+from bus.messages import Event
+from bus.processing import Item
+from bus.transport import Delivery
+from eventstore.behaviour import Behaviour
+from eventstore.decider import DeciderBehaviour
+from eventstore.errors import StoreUnavailable
+from eventstore.port import Timer
+from foldbus.relay import Relay, RelaySettings
+from foldbus.runtime import UnitProcessor
+from foldbus.views import projection_runner
+from sagas import SAGA_VERBS, SagaBehaviour, SagaDefinition
+
+if TYPE_CHECKING:
+    from foldbus.connection import Connection
+
+log = logging.getLogger("foldbus.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    relay: RelaySettings = field(default_factory=RelaySettings)
+    timer_poll_s: float = 0.5
+    """How late a timer may be, at most, when nothing else wakes the worker."""
+    topics_wait_s: float = 30.0
+    """How often a topic that another service has not made yet is named in the log."""
+    stop_timeout_s: float = 30.0
+
+
+def command_processor(connection: Connection) -> UnitProcessor:
+    """The processor of a service's own commands; claims carry the service's name."""
+    service = connection.service
+    behaviour = DeciderBehaviour(
+        service.deciders, service=service.name, codec=service.codec, ids=connection.ids, clock=connection.clock
+    )
+    taken = frozenset(str(command.type_name) for decider in service.deciders for command in decider.commands)
+
+    def wants(type_name: str) -> bool:
+        if type_name in taken:
+            return True
+        service.registry.find(type_name)  # says that the version is unknown, where it is that
+        raise UnknownType(f"type {type_name!r} arrived on {service.name}.commands, but no decider here takes it")
+
+    return _processor(connection, service.name, service.name, behaviour, wants)
+
+
+def _processor(
+    connection: Connection,
+    group: str,
+    consumer: str,
+    behaviour: Behaviour[Any],
+    wants: Callable[[str], bool],
+    failpoint: str = "commit",
+) -> UnitProcessor:
+    return UnitProcessor(
+        group=group,
+        consumer=consumer,
+        service=connection.service.name,
+        behaviour=behaviour,
+        store=connection.store,
+        wants=wants,
+        ids=connection.ids,
+        clock=connection.clock,
+        metrics=connection.metrics,
+        failpoint=connection.failpoint,
+        max_bytes=connection.transport.max_bytes,
+        commit_failpoint=failpoint,
+    )
+
+
+def _saga_behaviour(connection: Connection, *definitions: SagaDefinition[Any]) -> SagaBehaviour:
+    service = connection.service
+    return SagaBehaviour(
+        definitions, service=service.name, codec=service.codec, ids=connection.ids, clock=connection.clock
+    )
+
+
+def start_processor(connection: Connection, name: str) -> UnitProcessor:
+    """Starts of one saga (all its versions listed; the newest starts)."""
+    service = connection.service
+    definitions = [one for one in service.sagas if one.name == name]
+    starts = frozenset(str(one.start.type_name) for one in definitions)
+
+    def wants(type_name: str) -> bool:
+        if type_name in starts:
+            return True
+        if service.registry.names_base(type_name):
+            service.registry.find(type_name)
+        return False
+
+    consumer = f"{service.name}.saga.{name}"
+    return _processor(connection, consumer, consumer, _saga_behaviour(connection, *definitions), wants)
+
+
+def reply_processor(connection: Connection) -> UnitProcessor:
+    """Replies to all sagas of the service, their timeouts, and operators' verbs."""
+    service = connection.service
+
+    def wants(type_name: str) -> bool:
+        if type_name not in SAGA_VERBS:
+            try:
+                command_type_name(type_name)
+            except Undecodable as error:
+                raise UnknownType(f"type {type_name!r} arrived on {service.name}.replies; {error}") from None
+        return True
+
+    consumer = f"{service.name}.replies"
+    return _processor(
+        connection, consumer, consumer, _saga_behaviour(connection, *service.sagas), wants, failpoint="saga-feed"
+    )
+
+
+class Worker:
+    """Runs a connected service. `running()` starts it and, at the end, drains and stops it."""
+
+    def __init__(self, connection: Connection, settings: WorkerSettings | None = None) -> None:
+        self.connection = connection
+        self.settings = settings or WorkerSettings()
+        self.engines: list[ConsumerEngine] = []
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done, with its error, when a part failed for good."""
+        self._replies: ConsumerEngine | None = None
+        self._build()
+
+    def _build(self) -> None:
+        service = self.connection.service
+        if service.deciders:
+            self._engine([f"{service.name}.commands"], command_processor(self.connection))
+        for name in dict.fromkeys(definition.name for definition in service.sagas):
+            topics = sorted({self._topic(one.start) for one in service.sagas if one.name == name})
+            self._engine(topics, start_processor(self.connection, name))
+        if service.sagas:
+            self._replies = self._engine([f"{service.name}.replies"], reply_processor(self.connection))
+        self.relay = Relay(
+            self.connection.store,
+            self.connection.transport,
+            clock=self.connection.clock,
+            metrics=self.connection.metrics,
+            failpoint=self.connection.failpoint,
+            settings=self.settings.relay,
+        )
+        self.runners = [projection_runner(self.connection, one) for one in service.projections]
+
+    def _topic(self, event: type[Event]) -> str:
+        return self.connection.service.topic_of(event)
+
+    def _engine(self, topics: list[str], processor: UnitProcessor) -> ConsumerEngine:
+        connection = self.connection
+        engine = ConsumerEngine(
+            connection.transport,
+            topics,
+            processor,
+            parse=_bounded_parse(connection.transport.max_bytes),
+            settings=self.settings.engine,
+            clock=connection.clock,
+            metrics=connection.metrics,
+            failpoint=connection.failpoint,
+        )
+        self.engines.append(engine)
+        return engine
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """While the context lasts the service is handled here. A part that fails for good ends all of them: the error
+        comes out of the context (and of `ended`)."""
+        parts = [
+            asyncio.create_task(self._when_topics_exist(engine), name=f"engine {engine}") for engine in self.engines
+        ]
+        background = [asyncio.create_task(self.relay.run(), name="relay")]
+        background += [asyncio.create_task(self._run_projection(runner), name="projection") for runner in self.runners]
+        if self._replies is not None:
+            background.append(asyncio.create_task(self._timers(self._replies), name="timers"))
+        for task in (*parts, *background):
+            task.add_done_callback(self._part_ended)
+        try:
+            yield
+            self.check()
+        finally:
+            for engine in self.engines:
+                engine.stop()
+            if parts:
+                _, late = await asyncio.wait(parts, timeout=self.settings.stop_timeout_s)
+                for task in late:
+                    log.error("%s did not drain in %s s, cancelled", task.get_name(), self.settings.stop_timeout_s)
+                    task.cancel()
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*parts, *background, return_exceptions=True)
+            if self.ended.done():
+                self.ended.exception()  # seen
+
+    def check(self) -> None:
+        """Raises what made a part fail for good, if one did."""
+        if self.ended.done():
+            self.ended.result()
+
+    def _part_ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self.ended.done():
+            log.critical("%s failed for good", task.get_name(), exc_info=error)
+            self.ended.set_exception(error)
+
+    async def _when_topics_exist(self, engine: ConsumerEngine) -> None:
+        """A foreign topic that is missing means wait, not fail: its service may not have started yet."""
+        waited = 0.0
+        while True:
+            try:
+                return await engine.run()
+            except MissingTopics as error:
+                if waited % self.settings.topics_wait_s == 0:
+                    log.warning("waiting for topics: %s", error)
+                waited += 0.5
+                await asyncio.sleep(0.5)
+
+    async def _run_projection(self, runner: Any) -> None:
+        waited = 0.0
+        while True:
+            try:
+                return await runner.run()
+            except MissingTopics as error:
+                if waited % self.settings.topics_wait_s == 0:
+                    log.warning("waiting for topics: %s", error)
+                waited += 0.5
+                await asyncio.sleep(0.5)
+
+    async def _timers(self, engine: ConsumerEngine) -> None:
+        """Hands due timers to the replies' engine, where they wait in their saga's queue like any message."""
+        timers = self.connection.store.timers
+        under_way: set[asyncio.Future[Any]] = set()
+        while True:
+            try:
+                due = await timers.due(limit=500)
+                for timer in due:
+                    if not self._fire(engine, timer, under_way):
+                        await timers.release(timer, delay_s=self.settings.timer_poll_s)
+            except StoreUnavailable as error:
+                log.warning("timers wait, the store does not answer: %s", error)
+            await asyncio.sleep(self.settings.timer_poll_s)
+
+    def _fire(self, engine: ConsumerEngine, timer: Timer, under_way: set[asyncio.Future[Any]]) -> bool:
+        self.connection.metrics.count("foldbus_timers_fired_total", consumer=timer.consumer)
+        return engine.offer(Item(timer.envelope, None))
+
+
+def _bounded_parse(limit: int) -> Callable[[Delivery], Envelope]:
+    """Record to envelope; a record over the limit is refused before anything looks into it."""
+
+    def parse(delivery: Delivery) -> Envelope:
+        if delivery.size > limit:
+            raise Undecodable(f"a record of {delivery.size} bytes on {delivery.topic}; wanted at most {limit}")
+        return from_record(delivery)
+
+    return parse
