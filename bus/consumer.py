@@ -1,0 +1,251 @@
+"""The consumer engine: takes a group's records to a `Processor`, per key in order, and commits what is handled.
+
+One pump polls all the time and sorts records into queues per key; lanes take batches across keys; a record that cannot
+be handled becomes a dead letter. Everything is bounded by `EngineSettings`. Promises, pinned by
+`tests/bus/test_consumer_engine.py`:
+
+- An offset is committed when every received offset below it is handled, skipped or in the dead letters, and never
+  before the database knows it (`engine/partitions.py`).
+- Messages of one key go through in order, in at most one batch at a time, whatever fails (`engine/queues.py`).
+- A failing key waits alone; a message that nobody can read stops nothing (`engine/lanes.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+
+from bus.engine.lanes import BrokenProcessor, GivenUp, Lanes
+from bus.engine.partitions import Partitions
+from bus.engine.pump import Pump
+from bus.engine.queues import Entry, KeyQueues
+from bus.engine.settings import EngineSettings
+from bus.envelope import Envelope
+from bus.errors import TransportUnavailable
+from bus.metrics import Metrics
+from bus.processing import Item, Processor, Result
+from bus.seams import Clock, Failpoint
+from bus.transport import Assignment, Delivery, Transport
+
+__all__ = ["BrokenProcessor", "ConsumerEngine", "EngineSettings", "GivenUp"]
+
+log = logging.getLogger("foldbus.bus")
+
+
+class ConsumerEngine:
+    """One member of `processor.group`.
+
+    `parse` makes an envelope of a record and raises BadInput when it cannot. `give_up` of the processor may be called
+    while `process` runs, never for a key that is in that batch.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        topics: Sequence[str],
+        processor: Processor,
+        *,
+        parse: Callable[[Delivery], Envelope],
+        settings: EngineSettings,
+        clock: Clock,
+        metrics: Metrics,
+        failpoint: Failpoint,
+        rng: Random | None = None,
+        code_version: str = "",
+    ) -> None:
+        self._transport, self._topics, self._processor, self._parse = transport, tuple(topics), processor, parse
+        self._settings, self._clock, self._metrics, self._failpoint = settings, clock, metrics, failpoint
+        self._rng, self._code_version = rng or Random(), code_version
+        self._group = processor.group
+        self._running = self._stop_asked = False
+        self._stopped_at = 0.0
+        self._lag: dict[tuple[str, int], int] = {}
+        self._offered: set[asyncio.Future[Result]] = set()
+        self._put_together()
+
+    def _put_together(self) -> None:
+        """The parts of one run, empty."""
+        settings, clock, metrics, rng = self._settings, self._clock, self._metrics, self._rng
+        self._stop = asyncio.Event()
+        self._queues = KeyQueues(clock, per_key_max=settings.per_key_max)
+        self._partitions = Partitions(
+            self._transport, self._processor, self._queues, settings,
+            clock=clock, metrics=metrics, failpoint=self._failpoint, rng=rng, stop=self._stop,
+        )  # fmt: skip
+        self._lanes = Lanes(
+            self._processor, self._queues, self._partitions, settings,
+            clock=clock, metrics=metrics, rng=rng, code_version=self._code_version,
+        )  # fmt: skip
+        self._pump = Pump(
+            self._transport, self._topics, self._processor, self._parse, self._queues, self._partitions, settings,
+            clock=clock, metrics=metrics, rng=rng, code_version=self._code_version, stop=self._stop,
+        )  # fmt: skip
+
+    # -- what it is asked ---------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until `stop()` or cancelled; both drain first, within `drain_timeout_s` and the time of a poll and a commit.
+
+        Raises MissingTopics, BrokenProcessor, and whatever else is a bug; then nothing more is committed. A broker or
+        a database that does not answer is waited for. After an error it may be run again, after `stop()` it returns at
+        once; two runs at a time are refused.
+        """
+        if self._running:
+            raise RuntimeError(f"the engine of {self._group} runs already")
+        if self._stop_asked:
+            return
+        self._running = True
+        try:
+            await self._run()
+        finally:
+            self._running = False
+            if not self._stop_asked:
+                self._put_together()
+
+    def stop(self) -> None:
+        """Asks `run()` to drain and return, for good. A second call changes nothing."""
+        self._stop_asked = True
+        self._halt()
+
+    def offer(self, item: Item) -> asyncio.Future[Result] | None:
+        """A timer's message joins the queue of its key, without an offset.
+
+        None when there is no room (`offers_max`) or the engine does not run: offer it again later. The future answers
+        Done, or Failed with `GivenUp` when it went to the dead letters; it is cancelled when the engine ends first.
+        """
+        if not self._running or self._stop.is_set() or self._queues.offers >= self._settings.offers_max:
+            return None
+        ended: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._offered.add(ended)
+        ended.add_done_callback(self._offered.discard)
+        queue = self._queues.queue(item.envelope.key)
+        self._queues.put(Entry(queue, item, None, None, 0, 0, ended=ended))
+        return ended
+
+    @property
+    def in_flight(self) -> int:
+        """Records taken from the transport and not done, also those that wait."""
+        return self._queues.in_flight
+
+    @property
+    def in_flight_bytes(self) -> int:
+        return self._queues.in_flight_bytes
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is queued or at work, timers' messages included."""
+        return self._queues.in_flight == 0 and self._queues.offers == 0
+
+    @property
+    def last_poll(self) -> float | None:
+        """When the pump last came back from a poll (`clock.monotonic()`): for the liveness probe."""
+        return self._pump.last_poll
+
+    @property
+    def assignments(self) -> tuple[Assignment, ...]:
+        return tuple(self._partitions.live)
+
+    @property
+    def held(self) -> tuple[Assignment, ...]:
+        """Parts whose position is gone from the topic: nothing is read of them until that is put right."""
+        return tuple(part.assignment for part in self._partitions.live.values() if part.held_until is not None)
+
+    @property
+    def lag(self) -> Mapping[tuple[str, int], int]:
+        """Offsets between watermark and end per (topic, partition), as of the last commit interval."""
+        return dict(self._lag)
+
+    async def caught_up(self) -> bool:
+        """Has this member handled all that its parts hold now? False before it joined. Markers of a foreign producer's
+        transactions at the very end of a partition look like records not read yet."""
+        consumer = self._partitions.consumer
+        if consumer is None or not self._partitions.joined or not self.idle:
+            return False
+        try:
+            ends = await consumer.end_offsets()
+        except TransportUnavailable:
+            return False
+        live = self._partitions.live
+        handled = live.keys() == ends.keys() and all(live[each].watermark >= end for each, end in ends.items())
+        return handled and self._queues.offers == 0
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        # Tasks of their own, for cancelling run() must not cancel a poll.
+        pump = asyncio.create_task(self._pump.run())
+        helpers = [asyncio.create_task(self._lanes.work()) for _ in range(self._settings.lanes)]
+        helpers += [asyncio.create_task(self._lanes.bury()), asyncio.create_task(self._commit_regularly())]
+        try:
+            await asyncio.wait({pump, *helpers}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            early = [helper for helper in helpers if helper.done()]  # they never end by themselves
+            self._partitions.broken = bool(early)
+            try:
+                await self._end(pump)
+            finally:
+                await self._cancel(pump, helpers)
+        for task in (*early, pump):
+            if task.cancelled():
+                if task in early:
+                    raise BrokenProcessor(f"{self._group}: a task of the engine was cancelled from inside")
+            elif (error := task.exception()) is not None:
+                raise error
+
+    async def _commit_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.commit_interval_s)
+            await self._partitions.commit()
+            await self._measure()
+
+    async def _measure(self) -> None:
+        consumer, parts = self._partitions.consumer, self._partitions.live
+        if consumer is None:
+            return
+        try:
+            ends = await consumer.end_offsets()
+        except TransportUnavailable as error:
+            log.info("%s: end offsets are unknown: %s", self._group, error)
+            return
+        self._lag = {
+            part.where: max(0, ends[assignment] - part.watermark)
+            for assignment, part in parts.items()
+            if assignment in ends
+        }
+        for (topic, partition), behind in self._lag.items():
+            self._metrics.gauge("foldbus_lag", behind, group=self._group, topic=topic, partition=str(partition))
+        self._metrics.gauge("foldbus_in_flight", self._queues.in_flight, group=self._group)
+        self._metrics.gauge("foldbus_in_flight_bytes", self._queues.in_flight_bytes, group=self._group)
+
+    def _halt(self) -> None:
+        if not self._stop.is_set():
+            self._stopped_at = self._clock.monotonic()
+            self._stop.set()
+            self._queues.close()
+            self._queues.progress.set()
+
+    async def _end(self, pump: asyncio.Task[None]) -> None:
+        """Leaving the group's context revokes, which drains and commits; then timers' messages may end, too."""
+        settings = self._settings
+        self._halt()
+        bound_s = settings.poll_timeout_s + settings.drain_timeout_s + settings.commit_timeout_s
+        await asyncio.wait({pump}, timeout=bound_s)
+        if not pump.done():
+            log.error("%s: the group could not be left within %.1f s; leaving without", self._group, bound_s)
+        left_s = settings.drain_timeout_s - (self._clock.monotonic() - self._stopped_at)
+        try:
+            async with asyncio.timeout(max(0.0, left_s)):
+                while self._queues.at_work and not self._partitions.broken:
+                    self._queues.progress.clear()
+                    await self._queues.progress.wait()
+        except TimeoutError:
+            log.warning("%s: %d messages still at work are cancelled", self._group, self._queues.at_work)
+
+    async def _cancel(self, pump: asyncio.Task[None], helpers: Sequence[asyncio.Task[None]]) -> None:
+        for task in (pump, *helpers):
+            task.cancel()
+        await asyncio.gather(pump, *helpers, return_exceptions=True)
+        for offered in tuple(self._offered):
+            offered.cancel()
