@@ -179,7 +179,7 @@ async def test_the_old_owner_drains_and_commits_before_the_new_one_starts(transp
         assert not lost
         journal.extend(f"a drains {part.partition}" for part in parts)
         await asyncio.sleep(0.4)
-        await a.consumer.commit({part: 7 for part in parts})
+        await a.consumer.commit(dict.fromkeys(parts, 7))
 
     async with member(transport, group, topic, Recorder(journal=journal, drain=drain)) as a:
         await eventually(lambda: len(a.records) == 40, what="the first member reads all")
@@ -211,13 +211,15 @@ async def test_the_epoch_of_a_partition_rises_with_each_owner(transport: Transpo
 
 async def test_a_clean_leave_revokes_takes_a_last_commit_and_hands_over_at_once(transport: Transport, rig: Rig) -> None:
     topic, group = await new_topic(transport, partitions=4), unique("group")
+    for partition in range(4):
+        await put(transport, topic, "0", "1", "2", partition=partition)
     async with rig.open() as other, member(other, group, topic, Recorder(name="b")) as b:
         async with member(transport, group, topic) as a:
             await eventually(lambda: len(a.listener.held) == len(b.listener.held) == 2, what="2 partitions each")
 
             async def drain(parts: Sequence[Assignment], lost: bool) -> None:
                 assert not lost
-                await a.consumer.commit({part: 3 for part in parts})
+                await a.consumer.commit(dict.fromkeys(parts, 3))
 
             had = sorted(a.listener.partitions)
             a.listener.drain = drain
@@ -244,7 +246,7 @@ async def test_a_commit_under_an_older_epoch_is_fenced_and_stores_nothing(transp
     await put(transport, topic, "x", "y", partition=1)
     async with member(transport, group, topic) as a:
         await eventually(lambda: len(a.listener.held) == 2, what="all partitions")
-        await a.consumer.commit({part: 1 for part in a.listener.held})
+        await a.consumer.commit(dict.fromkeys(a.listener.held, 1))
         stale = Assignment(topic, 0, a.part(0).epoch - 1)
         with pytest.raises(Fenced):
             await a.consumer.commit({stale: 2, a.part(1): 2})
@@ -253,15 +255,17 @@ async def test_a_commit_under_an_older_epoch_is_fenced_and_stores_nothing(transp
 
 async def test_a_member_that_handed_a_partition_over_can_no_longer_commit_it(transport: Transport, rig: Rig) -> None:
     topic, group = await new_topic(transport, partitions=2), unique("group")
+    for partition in range(2):
+        await put(transport, topic, "0", "1", partition=partition)
     async with member(transport, group, topic) as a:
         await eventually(lambda: len(a.listener.held) == 2, what="all partitions")
-        old = {part: 5 for part in a.listener.held}
+        old = set(a.listener.held)
         await a.consumer.commit(dict.fromkeys(old, 1))
         async with rig.open() as other, member(other, group, topic) as b:
             await eventually(lambda: len(a.listener.held) == len(b.listener.held) == 1, what="one partition each")
             (theirs,) = b.listener.held
             with pytest.raises(Fenced):
-                await a.consumer.commit({part: 5 for part in old if part.partition == theirs.partition})
+                await a.consumer.commit({part: 2 for part in old if part.partition == theirs.partition})
             assert (await transport.admin.committed(group, [topic]))[topic, theirs.partition] == 1
 
 
