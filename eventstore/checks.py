@@ -5,7 +5,7 @@ A mistake found here is one in the code that staged the unit: `BadUnit`, nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 from bus.envelope import Envelope, StreamId
 from eventstore.errors import BadUnit
@@ -17,111 +17,127 @@ _NUMBER_MAX = 2**63 - 1
 def check_units(units: Sequence[Unit], watermarks: Sequence[Watermark] = ()) -> None:
     """Raises BadUnit, naming the unit by its place in the call and saying what is wrong with it."""
     for index, unit in enumerate(units):
-        for wrong in _faults(unit):
-            raise BadUnit(f"unit {index} of {len(units)}: {wrong}; nothing was written")
+        fault = _fault(unit)
+        if fault is not None:
+            raise BadUnit(f"unit {index} of {len(units)}: {fault}; nothing was written")
     for mark in watermarks:
-        if not 0 <= mark.offset <= _NUMBER_MAX:
-            raise BadUnit(f"watermark of {mark.topic}[{mark.partition}]: offset {mark.offset} is none")
-        for wrong in _unfit((mark.group, mark.topic), "a watermark's name"):
-            raise BadUnit(f"{wrong}; nothing was written")
+        fault = _unfit(mark.group, mark.topic)
+        if fault is None and not 0 <= mark.offset <= _NUMBER_MAX:
+            fault = f"offset {mark.offset!r} is none"
+        if fault is not None:
+            raise BadUnit(f"watermark of {mark.topic!r}[{mark.partition}]: {fault}; nothing was written")
 
 
-def _faults(unit: Unit) -> Iterator[str]:
-    if unit.claim is not None:
-        yield from _claim_faults(unit.claim)
-    if unit.appends:
-        yield from _append_faults(unit)
+def _fault(unit: Unit) -> str | None:
+    if unit.claim is not None and (fault := _claim_fault(unit.claim)) is not None:
+        return fault
+    if unit.appends and (fault := _append_fault(unit)) is not None:
+        return fault
     for stream, version in unit.asserts:
-        yield from _stream_faults(stream)
+        if (fault := _stream_fault(stream)) is not None:
+            return fault
         if not 0 <= version <= _NUMBER_MAX:
-            yield f"asserts version {version!r} of {stream}; wanted 0 or above"
+            return f"asserts version {version!r} of {stream}; wanted 0 or above"
     for envelope in unit.outgoing:
         if envelope.topic is None:
-            yield f"outgoing {envelope.type} {envelope.id} has no topic to go to"
-        yield from _envelope_faults(envelope)
+            return f"outgoing {envelope.type} {envelope.id} has no topic to go to"
+        if (fault := _envelope_fault(envelope)) is not None:
+            return fault
     for timer in unit.timers:
-        yield from _timer_faults(timer)
+        if (fault := _timer_fault(timer)) is not None:
+            return fault
     if unit.dead_letter is not None:
-        yield from _dead_letter_faults(unit.dead_letter)
+        return _dead_letter_fault(unit.dead_letter)
+    return None
 
 
-def _claim_faults(claim: Claim) -> Iterator[str]:
+def _claim_fault(claim: Claim) -> str | None:
     if not claim.consumer:
-        yield "a claim without a consumer"
+        return "a claim without a consumer"
     if claim.state is not ClaimState.DONE and claim.state is not ClaimState.DEAD:
-        yield f"a claim is made as done or dead, not as {claim.state}"
+        return f"a claim is made as done or dead, not as {claim.state}"
     if (claim.fences is None) is not (claim.fence is None):
-        yield "a claim that fences names both the command (fences) and the demand (fence), or neither"
+        return "a claim that fences names both the command (fences) and the demand (fence), or neither"
     if claim.fences is not None and claim.fences == claim.message_id:
-        yield f"{claim.message_id} fences itself"
-    yield from _unfit((claim.consumer, claim.key), "a claim's consumer or key")
-    if claim.reply is not None:
-        yield from _envelope_faults(claim.reply)
+        return f"{claim.message_id} fences itself"
+    if (fault := _unfit(claim.consumer, claim.key)) is not None:
+        return f"a claim's consumer or key: {fault}"
+    return None if claim.reply is None else _envelope_fault(claim.reply)
 
 
-def _append_faults(unit: Unit) -> Iterator[str]:
+def _append_fault(unit: Unit) -> str | None:
     if len(unit.appends) > 1:
         seen: set[StreamId] = set()
         for append in unit.appends:
             if append.stream in seen:
-                yield f"appends to {append.stream} twice; wanted one append with all its events"
+                return f"appends to {append.stream} twice; wanted one append with all its events"
             seen.add(append.stream)
     for append in unit.appends:
-        yield from _stream_faults(append.stream)
+        if (fault := _stream_fault(append.stream)) is not None:
+            return fault
         if append.expected is not ANY and not 0 <= append.expected <= _NUMBER_MAX:
-            yield f"expects version {append.expected!r} of {append.stream}; wanted 0 or above, or ANY"
+            return f"expects version {append.expected!r} of {append.stream}; wanted 0 or above, or ANY"
         if not append.envelopes:
-            yield f"an append to {append.stream} without events"
+            return f"an append to {append.stream} without events"
         for envelope in append.envelopes:
-            yield from _envelope_faults(envelope)
+            if (fault := _envelope_fault(envelope)) is not None:
+                return fault
+    return None
 
 
-def _stream_faults(stream: StreamId) -> Iterator[str]:
+def _stream_fault(stream: StreamId) -> str | None:
     if not stream.category or not stream.id:
-        yield f"stream {stream!r} has no category or no id"
-    yield from _unfit((stream.category, stream.id), "a stream's name")
+        return f"stream {stream!r} has no category or no id"
+    if (fault := _unfit(stream.category, stream.id)) is not None:
+        return f"a stream's name: {fault}"
+    return None
 
 
-def _envelope_faults(envelope: Envelope) -> Iterator[str]:
-    if envelope.time.tzinfo is None or (envelope.deadline is not None and envelope.deadline.tzinfo is None):
-        yield f"{envelope.type} {envelope.id} has a time without a time zone"
-    yield from _unfit((envelope.type, envelope.key, envelope.source), f"a name of {envelope.type!r} {envelope.id}")
-    if envelope.topic is not None or envelope.tenant is not None or envelope.actor is not None:
-        yield from _unfit((envelope.topic, envelope.tenant, envelope.actor), f"a name of {envelope.id}")
-    if (to := envelope.reply_to) is not None:
-        yield from _unfit((to.topic, to.key, to.instance), f"reply_to of {envelope.id}")
-    if (token := envelope.token) is not None:
-        yield from _unfit((token.source, token.key), f"the token of {envelope.id}")
-    if envelope.headers:
-        yield from _unfit(envelope.headers, f"a header's name of {envelope.id}")
-        yield from _unfit(envelope.headers.values(), f"a header of {envelope.id}")
+def _envelope_fault(envelope: Envelope) -> str | None:
+    deadline, to, token, headers = envelope.deadline, envelope.reply_to, envelope.token, envelope.headers
+    if envelope.time.tzinfo is None or (deadline is not None and deadline.tzinfo is None):
+        return f"{envelope.type} {envelope.id} has a time without a time zone"
+    fault = _unfit(
+        envelope.type, envelope.key, envelope.source, envelope.topic or "", envelope.tenant or "", envelope.actor or ""
+    )
+    if fault is None and to is not None:
+        fault = _unfit(to.topic, to.key, to.instance)
+    if fault is None and token is not None:
+        fault = _unfit(token.source, token.key)
+    if fault is None and headers:
+        fault = _unfit(*headers, *headers.values())
+    return None if fault is None else f"a field of {envelope.type!r} {envelope.id}: {fault}"
 
 
-def _timer_faults(timer: Timer | CancelTimer) -> Iterator[str]:
-    yield from _unfit((timer.consumer,), "a timer's consumer")
-    if isinstance(timer, Timer):
-        if timer.due_at.tzinfo is None:
-            yield f"timer {timer.id} is due at a time without a time zone"
-        yield from _unfit((timer.key,), f"the key of timer {timer.id}")
-        yield from _envelope_faults(timer.envelope)
+def _timer_fault(timer: Timer | CancelTimer) -> str | None:
+    if (fault := _unfit(timer.consumer)) is not None:
+        return f"a timer's consumer: {fault}"
+    if isinstance(timer, CancelTimer):
+        return None
+    if timer.due_at.tzinfo is None:
+        return f"timer {timer.id} is due at a time without a time zone"
+    if (fault := _unfit(timer.key)) is not None:
+        return f"the key of timer {timer.id}: {fault}"
+    return _envelope_fault(timer.envelope)
 
 
-def _dead_letter_faults(letter: DeadLetter) -> Iterator[str]:
+def _dead_letter_fault(letter: DeadLetter) -> str | None:
     if letter.failure.failed_at.tzinfo is None or letter.failure.first_failed_at.tzinfo is None:
-        yield f"dead letter {letter.id} failed at a time without a time zone"
-    # Its error texts are whatever a handler raised: adapters store them escaped, a NUL in them is no fault.
-    yield from _unfit((letter.consumer,), "a dead letter's consumer")
+        return f"dead letter {letter.id} failed at a time without a time zone"
+    # Its error texts are whatever a handler raised: they are stored escaped, a NUL in them is no fault.
+    if (fault := _unfit(letter.consumer)) is not None:
+        return f"a dead letter's consumer: {fault}"
+    return None
 
 
-def _unfit(texts: Iterable[str | None], what: str) -> Iterator[str]:
-    """No database column holds these: a NUL (PostgreSQL), half a surrogate pair (both)."""
-    for text in texts:
-        if text is None:
-            continue
-        if "\x00" in text:
-            yield f"{what} holds a NUL: {text[:80]!r}"
-        elif not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                yield f"{what} is no text that can be encoded: {text[:80]!r}"
+def _unfit(*texts: str) -> str | None:
+    """What no database column holds: a NUL (PostgreSQL), half a surrogate pair (both)."""
+    together = "".join(texts)
+    if "\x00" in together:
+        return f"a NUL in {together[:80]!r}"
+    if not together.isascii():
+        try:
+            together.encode()
+        except UnicodeEncodeError:
+            return f"half a surrogate pair in {together[:80]!r}"
+    return None

@@ -9,7 +9,6 @@ rest, absent fields left out, so that a plain event costs some 130 bytes. A whol
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -32,6 +31,7 @@ from eventstore.port import DeadLetter
 
 _START = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_plain = str.__str__  # an enum's text without the enum: half the time of encoding it
 _KINDS = {str(kind): kind for kind in Kind}
 _OUTCOMES = {str(outcome): outcome for outcome in ReplyOutcome}
 
@@ -46,9 +46,10 @@ def instant(micros: int) -> datetime:
     return _START + timedelta(microseconds=micros)
 
 
-def meta(envelope: Envelope, *, epoch: int) -> str:
-    """Everything without a column of its own, as JSON. `epoch` is what is stored as the envelope's: see `log_epoch`."""
-    return to_json(_meta(envelope, epoch)).decode()
+def meta(envelope: Envelope, *, epoch: int, token: Token | None = None) -> str:
+    """Everything without a column of its own, as JSON. `epoch` is what is stored as the envelope's (see `log_epoch`),
+    and so is `token` if given: a reply's, which is known only when its unit is written."""
+    return to_json(_meta(envelope, epoch, token)).decode()
 
 
 def log_epoch(envelope: Envelope, *, service: str, epoch: int) -> int:
@@ -76,9 +77,9 @@ def envelope(
     return _envelope(id, type, key, topic, data, time, from_json(meta), stream, version, position)
 
 
-def document(envelope: Envelope, *, epoch: int) -> str:
-    """All of an envelope but `data` (and its place in a log) as JSON."""
-    found = _meta(envelope, epoch)
+def document(envelope: Envelope, *, epoch: int, token: Token | None = None) -> str:
+    """All of an envelope but `data` (and its place in a log) as JSON; `epoch` and `token` as for `meta`."""
+    found = _meta(envelope, epoch, token)
     found["id"] = envelope.id.hex
     found["type"] = envelope.type
     found["key"] = envelope.key
@@ -104,9 +105,9 @@ def from_document(document: str | bytes, data: bytes) -> Envelope:
     )
 
 
-def _meta(envelope: Envelope, epoch: int) -> dict[str, Any]:
+def _meta(envelope: Envelope, epoch: int, token: Token | None) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "kind": envelope.kind,
+        "kind": _plain(envelope.kind),
         "source": envelope.source,
         "correlation": envelope.correlation_id.hex,
     }
@@ -121,8 +122,9 @@ def _meta(envelope: Envelope, epoch: int) -> dict[str, Any]:
     if envelope.undoes is not None:
         found["undoes"] = envelope.undoes.hex
     if envelope.outcome is not None:
-        found["outcome"] = envelope.outcome
-    if (token := envelope.token) is not None:
+        found["outcome"] = _plain(envelope.outcome)
+    token = token or envelope.token
+    if token is not None:
         found["token"] = (token.source, token.epoch, token.key, token.position, token.public)
     if envelope.tenant is not None:
         found["tenant"] = envelope.tenant
@@ -220,8 +222,3 @@ def dead_letter(
         ),
         type=found["type"],
     )
-
-
-def stored_reply(reply: Envelope, token: Token) -> Envelope:
-    """A reply as it is stored with its claim and published: stamped with where its unit ended."""
-    return replace(reply, token=token)

@@ -1,0 +1,135 @@
+"""Bringing a file's schema up to date: numbered SQL files, applied in order in one transaction, never edited."""
+
+from __future__ import annotations
+
+import random
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import TypeVar
+
+from eventstore.errors import SchemaMismatch
+from eventstore.sqlite.database import connect
+from eventstore.sqlite.faults import is_busy, translated
+
+T = TypeVar("T")
+
+FIRST_EPOCH = 0
+_NAME = re.compile(r"(?P<number>\d{4})_[a-z0-9_]+\.sql")
+_CREATE = (
+    "CREATE TABLE IF NOT EXISTS foldbus_schema "
+    "(number INTEGER PRIMARY KEY, name TEXT NOT NULL, applied_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP)"
+)
+
+
+def migrations() -> list[tuple[int, str, str]]:
+    """Number, name and SQL of each, in order."""
+    found: list[tuple[int, str, str]] = []
+    for file in resources.files("eventstore.sqlite").joinpath("migrations").iterdir():
+        named = _NAME.fullmatch(file.name)
+        if named is not None:
+            found.append((int(named["number"]), file.name, file.read_text(encoding="utf-8")))
+    return sorted(found)
+
+
+def migrate(path: Path, *, service: str, busy_s: float = 10.0) -> None:
+    """Creates the file if need be and applies what is missing. Two at once do no harm: the second finds it done.
+
+    Raises SchemaMismatch when the file belongs to another service or to newer code, StoreUnavailable when it stays
+    locked. Blocks: call it in a thread.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = connect(path, create=True)
+    try:
+        # The journal's mode lasts; changing it needs the file to itself for a moment.
+        _patiently(lambda: connection.execute("PRAGMA journal_mode=WAL").fetchall(), path, busy_s)
+        _patiently(lambda: connection.execute("BEGIN IMMEDIATE"), path, busy_s)
+        try:
+            _apply(connection, path, service)
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+    finally:
+        connection.close()
+
+
+def _apply(connection: sqlite3.Connection, path: Path, service: str) -> None:
+    connection.execute(_CREATE)
+    (applied,) = connection.execute("SELECT coalesce(max(number), 0) FROM foldbus_schema").fetchone()
+    known = migrations()
+    if applied > known[-1][0]:
+        raise SchemaMismatch(_newer(path, applied, known[-1][0]))
+    for number, name, sql in known:
+        if number > applied:
+            for statement in _statements(sql):
+                connection.execute(statement)
+            connection.execute("INSERT INTO foldbus_schema (number, name) VALUES (?, ?)", (number, name))
+    connection.execute(
+        "INSERT OR IGNORE INTO foldbus_log (one, service, epoch, head) VALUES (1, ?, ?, 0)", (service, FIRST_EPOCH)
+    )
+    _check_service(connection, path, service)
+
+
+def check(connection: sqlite3.Connection, path: Path, *, service: str) -> int:
+    """The log's epoch. Raises SchemaMismatch unless the file is exactly at this code's schema, and this service's."""
+    wanted = migrations()[-1][0]
+    (there,) = connection.execute(
+        "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'foldbus_schema'"
+    ).fetchone()
+    found = connection.execute("SELECT max(number) FROM foldbus_schema").fetchone()[0] if there else 0
+    if found > wanted:
+        raise SchemaMismatch(_newer(path, found, wanted))
+    if found < wanted:
+        raise SchemaMismatch(f"{path} is at schema {found}, wanted {wanted}; run `foldbus db upgrade`")
+    _check_service(connection, path, service)
+    (epoch,) = connection.execute("SELECT epoch FROM foldbus_log").fetchone()
+    return int(epoch)
+
+
+def raise_epoch(path: Path, *, service: str, busy_s: float = 10.0) -> int:
+    """After a restore from a backup: positions drawn since are drawn again, so the log gets a new epoch, the answer."""
+    connection = connect(path)
+    try:
+        check(connection, path, service=service)
+        _patiently(lambda: connection.execute("UPDATE foldbus_log SET epoch = epoch + 1"), path, busy_s)
+        return check(connection, path, service=service)
+    finally:
+        connection.close()
+
+
+def _check_service(connection: sqlite3.Connection, path: Path, service: str) -> None:
+    (owner,) = connection.execute("SELECT service FROM foldbus_log").fetchone()
+    if owner != service:
+        raise SchemaMismatch(f"{path} is the store of service {owner!r}, not of {service!r}; nothing was changed")
+
+
+def _newer(path: Path, found: int, known: int) -> str:
+    return f"{path} is at schema {found}, this code knows up to {known}; run newer code"
+
+
+def _statements(sql: str) -> Iterator[str]:
+    """One by one: `executescript` would commit first."""
+    part = ""
+    for line in sql.splitlines(keepends=True):
+        part += line
+        if sqlite3.complete_statement(part):
+            yield part
+            part = ""
+
+
+def _patiently(step: Callable[[], T], path: Path, busy_s: float) -> T:
+    give_up_at = time.monotonic() + busy_s
+    while True:
+        try:
+            return step()
+        except sqlite3.Error as error:
+            if not is_busy(error) or time.monotonic() >= give_up_at:
+                clean = translated(error, str(path))
+                if clean is error:
+                    raise
+                raise clean from error
+            time.sleep(random.uniform(0.0005, 0.0015))

@@ -1,0 +1,329 @@
+"""The store on one SQLite file: the port, made of the parts beside this file.
+
+Positions follow the order of commits, since there is one writer at a time; a reader needs no gap logic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import sqlite3
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import datetime
+from os import PathLike
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, event
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.util import await_only
+
+from bus.envelope import Envelope, Failure, Offset, Position
+from bus.metrics import MemoryMetrics, Metrics
+from bus.seams import Clock, SystemClock
+from eventstore import rows
+from eventstore.checks import check_units
+from eventstore.errors import EventStoreError
+from eventstore.port import (
+    Claim,
+    DeadLetter,
+    Leases,
+    Outcome,
+    Page,
+    Slice,
+    Standing,
+    Timers,
+    Tx,
+    Unit,
+    Verdict,
+    Wanted,
+    Watermark,
+)
+from eventstore.sqlite import migrations, reading
+from eventstore.sqlite.database import SqliteDatabase
+from eventstore.sqlite.faults import is_busy, translated
+from eventstore.sqlite.leases import SqliteLeases
+from eventstore.sqlite.session import DriverSession, SqlalchemySession
+from eventstore.sqlite.timers import SqliteTimers
+from eventstore.sqlite.units import Written, commit_units
+from eventstore.sqlite.watch import Watch
+
+log = logging.getLogger("foldbus.eventstore")
+
+_FORGET_AT_ONCE = 5_000
+
+
+class SqliteTx:
+    """A transaction of this store: it holds the file's write lock from its first moment."""
+
+    def __init__(self, sql: AsyncConnection) -> None:
+        self._sql = sql
+
+    @property
+    def sql(self) -> AsyncConnection:
+        return self._sql
+
+
+class SqliteStore:
+    """Made by `open`, for one event loop; any number of tasks may use it at once."""
+
+    def __init__(self, database: SqliteDatabase, *, service: str, epoch: int, clock: Clock, metrics: Metrics) -> None:
+        self.service, self.epoch = service, epoch
+        self.database = database
+        """For row tables beside the store's own: `write` and `read` with plain sqlite3."""
+        self._clock, self._metrics = clock, metrics
+        self._watch = Watch(database.connect(query_only=True), clock)
+        self._leases = SqliteLeases(database, clock, metrics)
+        self._timers = SqliteTimers(database, clock)
+        self._engine: AsyncEngine | None = None
+        self._random = random.Random()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        path: str | PathLike[str],
+        *,
+        service: str,
+        clock: Clock | None = None,
+        metrics: Metrics | None = None,
+        executor: Executor | None = None,
+        busy_s: float = 10.0,
+    ) -> AsyncGenerator[SqliteStore]:
+        """Opens what `migrate` made; applies nothing. Raises SchemaMismatch.
+
+        `executor` runs the statements (`InlineExecutor` for simulations; by default a writer thread and two readers),
+        `busy_s` bounds how long a file locked by another process is tried for.
+        """
+        clock, metrics = clock or SystemClock(), metrics or MemoryMetrics()
+        async with SqliteDatabase.open(
+            Path(path), clock=clock, metrics=metrics, executor=executor, busy_s=busy_s
+        ) as database:
+            epoch = await database.read(lambda connection: migrations.check(connection, database.path, service=service))
+            self = cls(database, service=service, epoch=epoch, clock=clock, metrics=metrics)
+            try:
+                yield self
+            finally:
+                await self._watch.close()
+                if self._engine is not None:
+                    await self._engine.dispose()
+
+    @classmethod
+    async def migrate(cls, path: str | PathLike[str], *, service: str) -> None:
+        """Creates the file if need be and brings its schema up to date; a second call, or two at once, do no harm.
+
+        Raises SchemaMismatch when the file is another service's or of newer code.
+        """
+        await asyncio.to_thread(migrations.migrate, Path(path), service=service)
+
+    @classmethod
+    async def restored(cls, path: str | PathLike[str], *, service: str) -> int:
+        """To be called once after the file came back from a backup: raises the log's epoch and answers it."""
+        return await asyncio.to_thread(migrations.raise_epoch, Path(path), service=service)
+
+    # --- units -------------------------------------------------------------------------------------------------------
+
+    async def commit(
+        self, units: Sequence[Unit], *, watermarks: Sequence[Watermark] = (), tx: Tx | None = None
+    ) -> Sequence[Outcome]:
+        check_units(units, watermarks)
+        if not units and not watermarks:
+            return []
+        if tx is not None:
+            written = await self._commit_within(tx, units, watermarks)
+        else:
+            written = await self.database.write(
+                lambda connection: self._commit(DriverSession(connection), units, watermarks), together=True
+            )
+            self._watch.saw(written.head)
+        self._tell(written.outcomes)
+        return written.outcomes
+
+    def _commit(
+        self, session: DriverSession | SqlalchemySession, units: Sequence[Unit], watermarks: Sequence[Watermark]
+    ) -> Written:
+        now = rows.micros(self._clock.now())
+        return commit_units(session, units, watermarks, service=self.service, epoch=self.epoch, now=now)
+
+    def _tell(self, outcomes: Sequence[Outcome]) -> None:
+        for verdict in {outcome.verdict for outcome in outcomes}:
+            n = sum(outcome.verdict is verdict for outcome in outcomes)
+            self._metrics.count("foldbus_units_total", n, store="sqlite", verdict=str(verdict))
+            if verdict is not Verdict.COMMITTED:
+                log.debug("%d of %d units: %s", n, len(outcomes), verdict)
+
+    async def examine(self, consumer: str, ids: Sequence[tuple[UUID, str]]) -> Sequence[Standing]:
+        wanted = [id for id, _ in ids]
+        return await self.database.read(lambda connection: reading.examine(connection, consumer, wanted))
+
+    async def begin_effect(self, claim: Claim, *, lease_s: float) -> Standing:
+        raise NotImplementedError("effect handlers are reserved: no store records a claim as started yet")
+
+    async def park(self, consumer: str, envelope: Envelope, why: Failure) -> Outcome:
+        raise NotImplementedError("parking is reserved: a message that keeps failing becomes a dead letter")
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    async def load(self, wanted: Sequence[Wanted]) -> Sequence[Slice]:
+        return await self.database.read(lambda connection: reading.load(connection, wanted))
+
+    async def read_all(self, *, after: Position, limit: int, outgoing: bool = False) -> Page:
+        if limit < 1:
+            raise ValueError(f"limit is {limit}; wanted at least 1")
+        page = await self.database.read(
+            lambda connection: reading.page(connection, after=after, limit=limit, outgoing=outgoing)
+        )
+        self._watch.saw(page.head)
+        return page
+
+    async def head(self) -> Position:
+        head = await self.database.read(reading.head)
+        self._watch.saw(head)
+        return head
+
+    async def wait_past(self, position: Position, *, timeout_s: float) -> None:
+        await self._watch.past(position, timeout_s=timeout_s)
+
+    async def watermarks(self, group: str) -> Mapping[tuple[str, int], Offset]:
+        return await self.database.read(lambda connection: reading.watermarks(connection, group))
+
+    async def forget_outgoing(self, *, upto: Position) -> int:
+        def forget(connection: sqlite3.Connection) -> int:
+            return connection.execute(
+                "DELETE FROM foldbus_outgoing WHERE position IN "
+                "(SELECT position FROM foldbus_outgoing WHERE position<=? ORDER BY position LIMIT ?)",
+                (upto, _FORGET_AT_ONCE),
+            ).rowcount
+
+        forgotten = 0
+        while True:  # in pieces: a long deletion would hold up every commit
+            piece = await self.database.write(forget, together=True)
+            forgotten += piece
+            if piece < _FORGET_AT_ONCE:
+                return forgotten
+
+    async def dead_letters(
+        self, *, after: tuple[datetime, UUID] | None = None, limit: int = 100
+    ) -> Sequence[DeadLetter]:
+        return await self.database.read(lambda connection: reading.dead_letters(connection, after=after, limit=limit))
+
+    @property
+    def leases(self) -> Leases:
+        return self._leases
+
+    @property
+    def timers(self) -> Timers:
+        return self._timers
+
+    # --- transactions ------------------------------------------------------------------------------------------------
+
+    def transaction(self) -> AbstractAsyncContextManager[Tx]:
+        """Holds the file's write lock until it ends: be quick, and commit units with `tx=`; a `commit` without it would
+        wait for this very transaction, and raise StoreUnavailable in the end."""
+        return self._transaction()
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncGenerator[Tx]:
+        if self._engine is None:
+            self._engine = self._make_engine()
+        async with self._engine.connect() as connection:
+            try:
+                await connection.begin()
+            except (sqlite3.Error, DBAPIError) as error:
+                raise self._fault(error) from error
+            try:
+                yield SqliteTx(connection)
+            except BaseException:
+                await connection.rollback()
+                raise
+            try:
+                await connection.commit()
+            except DBAPIError as error:
+                raise self._fault(error) from error
+        self._watch.look()
+
+    async def _commit_within(self, tx: Tx, units: Sequence[Unit], watermarks: Sequence[Watermark]) -> Written:
+        connection = tx.sql
+        try:
+            await self._make_sure_it_is_open(connection, own=isinstance(tx, SqliteTx))
+            await connection.exec_driver_sql("SAVEPOINT foldbus_commit")
+            try:
+                written = await connection.run_sync(
+                    lambda connection: self._commit(SqlalchemySession(connection), units, watermarks)
+                )
+            except BaseException:
+                with contextlib.suppress(DBAPIError):  # a full disk has undone all of it already
+                    await connection.exec_driver_sql("ROLLBACK TO foldbus_commit")
+                    await connection.exec_driver_sql("RELEASE foldbus_commit")
+                raise
+            await connection.exec_driver_sql("RELEASE foldbus_commit")
+        except DBAPIError as error:
+            raise self._fault(error) from error
+        return written
+
+    async def _make_sure_it_is_open(self, connection: AsyncConnection, *, own: bool) -> None:
+        """A transaction that is not there would make every statement a commit of its own."""
+        # SQLAlchemy begins when it executes something, and the driver may put that off until the first write.
+        files: list[Any] = list((await connection.exec_driver_sql("PRAGMA database_list")).fetchall())
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        if not driver.in_transaction:
+            await connection.exec_driver_sql("BEGIN IMMEDIATE")
+        if not (driver.in_transaction and connection.in_transaction()):
+            raise EventStoreError(f"{self.database.path}: tx is in no transaction; nothing was written")
+        if not own:
+            main = next((str(file) for _, name, file in files if name == "main"), "")
+            if not main or os.path.realpath(main) != os.path.realpath(self.database.path):  # noqa: ASYNC240
+                raise EventStoreError(
+                    f"tx is a transaction on {main or 'a database in memory'}, wanted one on {self.database.path}; "
+                    "nothing was written"
+                )
+
+    def _make_engine(self) -> AsyncEngine:
+        engine = create_async_engine(
+            f"sqlite+aiosqlite:///{self.database.path.absolute()}", connect_args={"timeout": 0}
+        )
+
+        @event.listens_for(engine.sync_engine, "connect")
+        def on_connect(connection: DBAPIConnection, _: object) -> None:
+            # The driver shall not begin by itself: it would do so late, and deferred.
+            connection.isolation_level = None
+            cursor = connection.cursor()
+            cursor.execute("PRAGMA synchronous=FULL")
+            cursor.close()
+
+        @event.listens_for(engine.sync_engine, "begin")
+        def on_begin(connection: Connection) -> None:
+            give_up_at = self._clock.monotonic() + self.database.busy_s
+            while True:
+                cursor = connection.connection.cursor()
+                try:
+                    cursor.execute("BEGIN IMMEDIATE")
+                    return
+                except sqlite3.Error as error:
+                    if not is_busy(error) or self._clock.monotonic() >= give_up_at:
+                        raise
+                    self._metrics.count("foldbus_store_busy_retries_total", store="sqlite")
+                    await_only(asyncio.sleep(self._random.uniform(0.0005, 0.0015)))
+                finally:
+                    cursor.close()
+
+        _ = on_connect, on_begin
+        return engine
+
+    def _fault(self, error: sqlite3.Error | DBAPIError) -> BaseException:
+        """The store's own error for what the driver raised, or that itself."""
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if cause is None:
+            return error
+        return translated(cause, str(self.database.path))
+
+
+__all__ = ["SqliteStore", "SqliteTx"]
