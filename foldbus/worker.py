@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,11 +29,10 @@ from bus.transport import Delivery
 from eventstore.behaviour import Behaviour
 from eventstore.decider import DeciderBehaviour
 from eventstore.errors import StoreUnavailable
-from eventstore.port import Timer
 from foldbus.relay import Relay, RelaySettings
 from foldbus.runtime import UnitProcessor
 from foldbus.views import projection_runner
-from sagas import SAGA_VERBS, SagaBehaviour, SagaDefinition
+from sagas import CANCEL_TYPE, RETRY_TYPE, TIMEOUT_TYPE, SagaBehaviour, SagaDefinition, saga_group
 
 if TYPE_CHECKING:
     from foldbus.connection import Connection
@@ -93,10 +92,21 @@ def _processor(
     )
 
 
-def _saga_behaviour(connection: Connection, *definitions: SagaDefinition[Any]) -> SagaBehaviour:
+_VERBS = frozenset((TIMEOUT_TYPE, RETRY_TYPE, CANCEL_TYPE))
+
+
+def _saga_behaviour(
+    connection: Connection, definitions: Sequence[SagaDefinition[Any]], starts: str | None = None
+) -> SagaBehaviour:
     service = connection.service
     return SagaBehaviour(
-        definitions, service=service.name, codec=service.codec, ids=connection.ids, clock=connection.clock
+        definitions,
+        service=service.name,
+        codec=service.codec,
+        ids=connection.ids,
+        clock=connection.clock,
+        starts=starts,
+        metrics=connection.metrics,
     )
 
 
@@ -113,8 +123,8 @@ def start_processor(connection: Connection, name: str) -> UnitProcessor:
             service.registry.find(type_name)
         return False
 
-    consumer = f"{service.name}.saga.{name}"
-    return _processor(connection, consumer, consumer, _saga_behaviour(connection, *definitions), wants)
+    consumer = saga_group(service.name, name)
+    return _processor(connection, consumer, consumer, _saga_behaviour(connection, definitions, name), wants)
 
 
 def reply_processor(connection: Connection) -> UnitProcessor:
@@ -122,7 +132,7 @@ def reply_processor(connection: Connection) -> UnitProcessor:
     service = connection.service
 
     def wants(type_name: str) -> bool:
-        if type_name not in SAGA_VERBS:
+        if type_name not in _VERBS:
             try:
                 command_type_name(type_name)
             except Undecodable as error:
@@ -131,7 +141,7 @@ def reply_processor(connection: Connection) -> UnitProcessor:
 
     consumer = f"{service.name}.replies"
     return _processor(
-        connection, consumer, consumer, _saga_behaviour(connection, *service.sagas), wants, failpoint="saga-feed"
+        connection, consumer, consumer, _saga_behaviour(connection, service.sagas), wants, failpoint="saga-feed"
     )
 
 
@@ -251,20 +261,16 @@ class Worker:
     async def _timers(self, engine: ConsumerEngine) -> None:
         """Hands due timers to the replies' engine, where they wait in their saga's queue like any message."""
         timers = self.connection.store.timers
-        under_way: set[asyncio.Future[Any]] = set()
         while True:
             try:
-                due = await timers.due(limit=500)
-                for timer in due:
-                    if not self._fire(engine, timer, under_way):
+                for timer in await timers.due(limit=500):
+                    if engine.offer(Item(timer.envelope, None)) is None:
                         await timers.release(timer, delay_s=self.settings.timer_poll_s)
+                    else:
+                        self.connection.metrics.count("foldbus_timers_fired_total", consumer=timer.consumer)
             except StoreUnavailable as error:
                 log.warning("timers wait, the store does not answer: %s", error)
             await asyncio.sleep(self.settings.timer_poll_s)
-
-    def _fire(self, engine: ConsumerEngine, timer: Timer, under_way: set[asyncio.Future[Any]]) -> bool:
-        self.connection.metrics.count("foldbus_timers_fired_total", consumer=timer.consumer)
-        return engine.offer(Item(timer.envelope, None))
 
 
 def _bounded_parse(limit: int) -> Callable[[Delivery], Envelope]:
