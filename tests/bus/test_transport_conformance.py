@@ -324,21 +324,6 @@ async def test_pause_holds_back_and_resume_goes_on_without_loss_or_inversion(tra
         assert [r.offset for r in a.records if r.partition == 0] == list(range(20))
 
 
-async def test_resume_wakes_a_poll_that_is_waiting(transport: Transport) -> None:
-    topic, group = await new_topic(transport, partitions=1), unique("group")
-    listener = Recorder()
-    async with transport.consume(group, [topic], listener=listener) as consumer:
-        while not listener.held:
-            await consumer.poll(max_records=10, timeout_s=0.1)
-        consumer.pause(listener.held)
-        await put(transport, topic, "x")
-        assert list(await consumer.poll(max_records=10, timeout_s=0.2)) == []
-        began = time.monotonic()
-        asyncio.get_running_loop().call_later(0.2, consumer.resume, set(listener.held))
-        assert values(await take(consumer, 1)) == ["x"]
-        assert time.monotonic() - began < 2.0
-
-
 async def test_a_paused_member_that_polls_on_keeps_its_partitions(transport: Transport, rig: Rig) -> None:
     topic, group = await new_topic(transport, partitions=2), unique("group")
     async with member(transport, group, topic) as a:

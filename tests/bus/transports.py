@@ -116,7 +116,7 @@ async def eventually(condition: Callable[[], bool], *, what: str, within_s: floa
     """Waits until `condition` holds; fails with `what` after `within_s`."""
     try:
         async with asyncio.timeout(within_s):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - what is waited for has no event
                 await asyncio.sleep(0.005)
     except TimeoutError:
         raise AssertionError(f"not within {within_s} s: {what}") from None
