@@ -16,12 +16,14 @@ import contextlib
 import logging
 import random
 import sqlite3
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -38,6 +40,7 @@ log = logging.getLogger("foldbus.eventstore")
 TOGETHER_MAX = 256
 """Calls that share one transaction, at most."""
 _RETRY_S = (0.0005, 0.0015)
+_OPENING_S = 5.0  # the first look at a file may find it locked by whoever migrates or recovers it
 
 
 class InlineExecutor(Executor):
@@ -50,6 +53,19 @@ class InlineExecutor(Executor):
         except BaseException as error:
             future.set_exception(error)
         return future
+
+
+class Mergeable(ABC):
+    """A work that runs with others of its class, in one go, cheaper than one by one."""
+
+    @abstractmethod
+    def __call__(self, connection: sqlite3.Connection) -> Any: ...
+
+    @staticmethod
+    @abstractmethod
+    def merged(works: Sequence[Any], connection: sqlite3.Connection) -> Sequence[Any]:
+        """What each of `works` would have answered, run in this order. If it raises, they are run one by one."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -209,7 +225,7 @@ class SqliteDatabase:
                 raise _Locked from error
             raise translated(error, str(self.path)) from error
         try:
-            results = [self._run(connection, work, alone=len(works) == 1) for work in works]
+            results = self._run_all(connection, works)
             if len(works) == 1 and results[0][1] is not None:
                 connection.execute("ROLLBACK")
             else:
@@ -221,6 +237,23 @@ class SqliteDatabase:
         except BaseException:
             _roll_back(connection)
             raise
+
+    def _run_all(
+        self, connection: sqlite3.Connection, works: Sequence[Work[Any]]
+    ) -> list[tuple[Any, BaseException | None]]:
+        if len(works) == 1:
+            return [self._run(connection, works[0], alone=True)]
+        results: list[tuple[Any, BaseException | None]] = []
+        for merged, run in groupby(works, key=_merged):
+            group = list(run)
+            if merged is not None and len(group) > 1:
+                answers, failed = self._run(connection, partial(merged, group), alone=False)
+                if failed is None:
+                    results += [(answer, None) for answer in answers]
+                    continue
+                # One of them is at fault, and only that one shall hear of it.
+            results += [self._run(connection, work, alone=False) for work in group]
+        return results
 
     def _run(self, connection: sqlite3.Connection, work: Work[Any], *, alone: bool) -> tuple[Any, BaseException | None]:
         if not alone:
@@ -290,22 +323,30 @@ class SqliteDatabase:
 
 
 def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
-    """A connection in autocommit, so that transactions are begun by hand, and that never waits for a lock by itself.
+    """A connection in autocommit, so that transactions are begun by hand, and that does not wait for locks.
 
     Raises SchemaMismatch when there is no file (unless `create`)."""
     uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
+    connection: sqlite3.Connection | None = None
     try:
         connection = sqlite3.connect(
-            uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False, cached_statements=256
+            uri, uri=True, timeout=_OPENING_S, isolation_level=None, check_same_thread=False, cached_statements=256
         )
+        # Acknowledged means on the disk: with NORMAL a power cut takes the last transactions back.
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA cache_size=-16000")
+        connection.execute("PRAGMA busy_timeout=0")
     except sqlite3.Error as error:
+        if connection is not None:
+            connection.close()
         if code(error) == sqlite3.SQLITE_CANTOPEN and not path.exists():
             raise SchemaMismatch(f"there is no store at {path}; run `foldbus db upgrade`") from error
         raise translated(error, str(path)) from error
-    # Acknowledged means on the disk: with NORMAL a power cut takes the last transactions back.
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA cache_size=-16000")
     return connection
+
+
+def _merged(work: Work[Any]) -> Callable[[Sequence[Any], sqlite3.Connection], Sequence[Any]] | None:
+    return work.merged if isinstance(work, Mergeable) else None
 
 
 def _roll_back(connection: sqlite3.Connection) -> None:
@@ -332,4 +373,4 @@ def _unheard(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-__all__ = ["InlineExecutor", "SqliteDatabase", "connect"]
+__all__ = ["InlineExecutor", "Mergeable", "SqliteDatabase", "connect"]

@@ -80,7 +80,7 @@ def check(connection: sqlite3.Connection, path: Path, *, service: str) -> int:
     (there,) = connection.execute(
         "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'foldbus_schema'"
     ).fetchone()
-    found = connection.execute("SELECT max(number) FROM foldbus_schema").fetchone()[0] if there else 0
+    found = connection.execute("SELECT coalesce(max(number), 0) FROM foldbus_schema").fetchone()[0] if there else 0
     if found > wanted:
         raise SchemaMismatch(_newer(path, found, wanted))
     if found < wanted:

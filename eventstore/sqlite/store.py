@@ -48,12 +48,12 @@ from eventstore.port import (
     Watermark,
 )
 from eventstore.sqlite import migrations, reading
-from eventstore.sqlite.database import SqliteDatabase
+from eventstore.sqlite.database import Mergeable, SqliteDatabase
 from eventstore.sqlite.faults import is_busy, translated
 from eventstore.sqlite.leases import SqliteLeases
-from eventstore.sqlite.session import DriverSession, SqlalchemySession
+from eventstore.sqlite.session import DriverSession, Session, SqlalchemySession
 from eventstore.sqlite.timers import SqliteTimers
-from eventstore.sqlite.units import Written, commit_units
+from eventstore.sqlite.units import Call, Written, commit_calls
 from eventstore.sqlite.watch import Watch
 
 log = logging.getLogger("foldbus.eventstore")
@@ -137,21 +137,19 @@ class SqliteStore:
         check_units(units, watermarks)
         if not units and not watermarks:
             return []
+        call = Call(units, watermarks)
         if tx is not None:
-            written = await self._commit_within(tx, units, watermarks)
+            written = await self._commit_within(tx, call)
         else:
-            written = await self.database.write(
-                lambda connection: self._commit(DriverSession(connection), units, watermarks), together=True
-            )
+            written = await self.database.write(_CommitWork(self, call), together=True)
             self._watch.saw(written.head)
         self._tell(written.outcomes)
         return written.outcomes
 
-    def _commit(
-        self, session: DriverSession | SqlalchemySession, units: Sequence[Unit], watermarks: Sequence[Watermark]
-    ) -> Written:
+    def commit_calls(self, session: Session, calls: Sequence[Call]) -> list[Written]:
+        """Within a transaction, in whichever thread holds it."""
         now = rows.micros(self._clock.now())
-        return commit_units(session, units, watermarks, service=self.service, epoch=self.epoch, now=now)
+        return commit_calls(session, calls, service=self.service, epoch=self.epoch, now=now)
 
     def _tell(self, outcomes: Sequence[Outcome]) -> None:
         for verdict in {outcome.verdict for outcome in outcomes}:
@@ -250,14 +248,14 @@ class SqliteStore:
                 raise self._fault(error) from error
         self._watch.look()
 
-    async def _commit_within(self, tx: Tx, units: Sequence[Unit], watermarks: Sequence[Watermark]) -> Written:
+    async def _commit_within(self, tx: Tx, call: Call) -> Written:
         connection = tx.sql
         try:
             await self._make_sure_it_is_open(connection, own=isinstance(tx, SqliteTx))
             await connection.exec_driver_sql("SAVEPOINT foldbus_commit")
             try:
-                written = await connection.run_sync(
-                    lambda connection: self._commit(SqlalchemySession(connection), units, watermarks)
+                (written,) = await connection.run_sync(
+                    lambda connection: self.commit_calls(SqlalchemySession(connection), [call])
                 )
             except BaseException:
                 with contextlib.suppress(DBAPIError):  # a full disk has undone all of it already
@@ -324,6 +322,23 @@ class SqliteStore:
         if cause is None:
             return error
         return translated(cause, str(self.database.path))
+
+
+class _CommitWork(Mergeable):
+    """One call of `commit`. Those that wait for the writer together are judged and written together."""
+
+    __slots__ = ("_call", "_store")
+
+    def __init__(self, store: SqliteStore, call: Call) -> None:
+        self._store, self._call = store, call
+
+    def __call__(self, connection: sqlite3.Connection) -> Written:
+        (written,) = self._store.commit_calls(DriverSession(connection), [self._call])
+        return written
+
+    @staticmethod
+    def merged(works: Sequence[_CommitWork], connection: sqlite3.Connection) -> Sequence[Written]:
+        return works[0]._store.commit_calls(DriverSession(connection), [work._call for work in works])
 
 
 __all__ = ["SqliteStore", "SqliteTx"]

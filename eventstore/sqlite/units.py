@@ -86,7 +86,7 @@ class _Taken:
 
 @dataclass(slots=True)
 class _Stream:
-    """`number` 0: it has no row yet. `before` is its version when the call began."""
+    """`number` 0: it has no row yet. `before` is its version when the transaction began."""
 
     number: int
     version: Version
@@ -99,17 +99,28 @@ class Written:
     head: Position
 
 
-def commit_units(
-    session: Session, units: Sequence[Unit], watermarks: Sequence[Watermark], *, service: str, epoch: int, now: int
-) -> Written:
-    """Within a transaction that holds the file's write lock. `units` are checked; `now` is in microseconds."""
-    call = _Call(session, units, service=service, epoch=epoch, now=now)
-    outcomes = [call.judge(unit) for unit in units]
-    call.write(watermarks)
-    return Written(outcomes, call.head)
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One caller's commit."""
+
+    units: Sequence[Unit]
+    watermarks: Sequence[Watermark]
 
 
-class _Call:
+def commit_calls(session: Session, calls: Sequence[Call], *, service: str, epoch: int, now: int) -> list[Written]:
+    """Each call as if it came alone, one after the other, for the price of one. Within a transaction that holds the
+    file's write lock. Units are checked; `now` is in microseconds. An exception leaves the transaction to be undone."""
+    units = calls[0].units if len(calls) == 1 else [unit for call in calls for unit in call.units]
+    commit = _Commit(session, units, service=service, epoch=epoch, now=now)
+    outcomes: list[list[Outcome]] = []
+    for call in calls:
+        commit.forget_losers()
+        outcomes.append([commit.judge(unit) for unit in call.units])
+    commit.write([mark for call in calls for mark in call.watermarks])
+    return [Written(judged, commit.head) for judged in outcomes]
+
+
+class _Commit:
     def __init__(self, session: Session, units: Sequence[Unit], *, service: str, epoch: int, now: int) -> None:
         self._session = session
         self._service, self._epoch, self._now = service, epoch, now
@@ -129,6 +140,11 @@ class _Call:
         self._dead_letters: list[tuple[str, tuple[Any, ...]]] = []
 
     # --- judging -----------------------------------------------------------------------------------------------------
+
+    def forget_losers(self) -> None:
+        """Another call begins: a loser drags along nobody but followers in its own."""
+        self._lost_keys.clear()
+        self._lost_streams.clear()
 
     def judge(self, unit: Unit) -> Outcome:
         claim = unit.claim

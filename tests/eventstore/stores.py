@@ -36,7 +36,7 @@ from eventstore.port import (
 SERVICE = "shop"
 CONSUMER = "shop.commands"
 IDS = Uuid7Ids()
-NOON = datetime(2026, 2, 3, 12, 0, 0, 123456, tzinfo=UTC)
+NOON = datetime(2024, 2, 29, 12, 0, 0, 123456, tzinfo=UTC)
 
 Open = Callable[..., AbstractAsyncContextManager[Any]]
 
@@ -204,4 +204,3 @@ async def whole_log(store: Store, *, outgoing: bool = True, limit: int = 1000) -
         if page.upto <= after or page.upto >= page.head:
             return found
         after = page.upto
-
