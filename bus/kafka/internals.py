@@ -43,6 +43,12 @@ def check_membership(raw: Any) -> None:
     raw._coordinator.check_errors()
 
 
+def failed_partition(raw: Any) -> Any:
+    """The partition at which `getmany` failed on damaged records (T10), whose error does not name it. It drains what
+    was fetched partition by partition, in order, so it is the first that is left. None when nothing is."""
+    return next(iter(raw._fetcher._records), None)
+
+
 def mend_fetch_count(raw: Any) -> None:
     """An error inside `getmany` leaks its count (T6): idle time would stay at 0 and a dead engine keep its partitions.
     To be called while no fetch is running."""

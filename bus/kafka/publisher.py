@@ -276,9 +276,10 @@ class Publisher:
         timestamp = int(self._clock.now().timestamp() * 1000)
         state = self._topics.get(topic)
         room = RECORD_OVERHEAD_BYTES + (state.max_bytes if state is not None else BATCH_BYTES)
+        narrow = room < BATCH_BYTES  # the topic takes less in one batch than the builder does
         count = 0
         for record in records:
-            if count and builder.size() + _size(record) + 32 + 4 * len(record.headers) > room:
+            if narrow and count and builder.size() + _size(record) + 32 + 4 * len(record.headers) > room:
                 break
             try:
                 fits = builder.append(
@@ -302,7 +303,7 @@ class Publisher:
                 accepted = await producer.raw.send_batch(builder, topic, partition=partition)
                 accepted.add_done_callback(_look_at)
                 await asyncio.wait({accepted, producer.abandoned}, return_when=asyncio.FIRST_COMPLETED)
-            if not accepted.done():
+            if not accepted.done() or accepted.cancelled():
                 raise TransportUnavailable("the producer was abandoned before the broker acknowledged")
             return int(accepted.result().offset)
         except TimeoutError as error:
@@ -402,9 +403,7 @@ class Publisher:
 def _size(record: Outgoing) -> int:
     """As `Delivery.size`: bytes of key, value and headers."""
     size = len(record.key or b"") + len(record.value or b"")
-    for name, value in record.headers:
-        size += len(name) + len(value)
-    return size
+    return size + sum([len(name) + len(value) for name, value in record.headers])
 
 
 def _type_of(record: Outgoing) -> str:

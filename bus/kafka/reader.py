@@ -17,7 +17,7 @@ from aiokafka.errors import CorruptRecordException as CorruptRecord
 from aiokafka.errors import IllegalStateError, KafkaError, OffsetOutOfRangeError
 
 from bus.envelope import Offset
-from bus.errors import OffsetOutOfRange, TransportUnavailable
+from bus.errors import BusError, OffsetOutOfRange, TransportUnavailable
 from bus.kafka import internals
 from bus.metrics import Metrics
 from bus.seams import Clock
@@ -57,7 +57,7 @@ class Reader:
         self._fetch: asyncio.Task[dict[Any, list[Any]]] | None = None
         self._wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._paused: set[TopicPartition] = set()
-        self._suspects: list[TopicPartition] = []
+        self._next: dict[TopicPartition, Offset] = {}
         self._unreadable: dict[TopicPartition, float] = {}
 
     def hold(self, parts: Collection[Assignment], starts: Mapping[Assignment, Offset]) -> None:
@@ -67,7 +67,7 @@ class Reader:
         self.held = {_partition(part): part for part in parts}
         self._paused.clear()
         self._unreadable.clear()
-        self._suspects.clear()
+        self._next = {_partition(part): starts[part] for part in parts}
         self.open = True
 
     def drop(self) -> None:
@@ -89,24 +89,20 @@ class Reader:
             self._try_unreadable_again()
         if self._fetch is None:
             wait_ms = int(min(max(timeout_s, 0.0), SLICE_S) * 1000)
-            # While a damaged partition is looked for, one partition at a time: the error does not tell which.
-            only = self._suspects[:1]
-            self._fetch = asyncio.create_task(self.raw.getmany(*only, timeout_ms=wait_ms, max_records=max_records))
+            self._fetch = asyncio.create_task(self.raw.getmany(timeout_ms=wait_ms, max_records=max_records))
         events: list[asyncio.Future[Any]] = [self._fetch, self._wake]
         await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
         self._woken()
         if not self.open or not self._fetch.done():
             return []
         fetch, self._fetch = self._fetch, None
-        suspect = self._suspects[0] if self._suspects else None
+        if fetch.cancelled():
+            raise TransportUnavailable("the fetch was cancelled: the consumer is closing")
         error = fetch.exception()
         if error is None:
-            if suspect is not None:
-                del self._suspects[0]
             return self._deliveries(fetch.result())
         internals.mend_fetch_count(self.raw)
-        await self._explain(error, suspect)
-        return []
+        raise await self._explained(error) from error
 
     async def settle(self) -> None:
         """Waits for a fetch that is under way and forgets what it brings; every partition is then placed anew."""
@@ -177,6 +173,7 @@ class Reader:
             if partition in self._paused:  # paused while the fetch was under way: read again after `resume`
                 _quietly(self.raw.seek, partition, records[0].offset)
                 continue
+            self._next[partition] = records[-1].offset + 1
             for record in records:
                 headers = record.headers
                 for _, value in headers:
@@ -186,38 +183,35 @@ class Reader:
                 add(Delivery(part, record.offset, record.key, record.value, headers, _time(record.timestamp)))
         return deliveries
 
-    async def _explain(self, error: BaseException, suspect: TopicPartition | None) -> None:
-        """Raises what the caller can act on; returns when a damaged partition is still to be found."""
+    async def _explained(self, error: BaseException) -> BusError:
         if isinstance(error, OffsetOutOfRangeError):
             ((partition, wanted),) = dict(error.args[0]).items()
             part = self.held.get(partition)
             if part is None:
-                return
+                return TransportUnavailable(f"reading failed: {error!r}")
             first = await self.ask(self.raw.beginning_offsets([partition]), "reading first offsets")
             end = await self.ask(self.raw.end_offsets([partition]), "reading end offsets")
             self._metrics.count("foldbus_offset_out_of_range_total", topic=part.topic)
-            raise OffsetOutOfRange(part, wanted=wanted, first=first[partition], end=end[partition]) from error
-        if isinstance(error, asyncio.CancelledError):
-            raise TransportUnavailable("the fetch was cancelled: the consumer is closing") from error
-        damaged = isinstance(error, CorruptRecord) or not isinstance(error, KafkaError)
-        if not damaged:
+            return OffsetOutOfRange(part, wanted=wanted, first=first[partition], end=end[partition])
+        if isinstance(error, KafkaError) and not isinstance(error, CorruptRecord):
             self._metrics.count("foldbus_poll_failures_total", why=type(error).__name__)
-            raise TransportUnavailable(f"reading failed: {error!r}") from error
-        if suspect is None or suspect not in self.held:
-            # `getmany` does not say which partition it was, so they are read one by one.
-            self._suspects = [tp for tp in self.held if tp not in self._paused and tp not in self._unreadable]
-            return
-        position = await self.ask(self.raw.position(suspect), "reading a position")
-        part = self.held.get(suspect)
-        self._suspects.clear()
-        if part is None:
-            return
-        _quietly(self.raw.pause, suspect)
-        _quietly(self.raw.seek, suspect, position)  # forgets what was fetched, which would hold up the others
-        self._unreadable[suspect] = self._clock.monotonic() + UNREADABLE_RETRY_S
+            return TransportUnavailable(f"reading failed: {error!r}")
+        return self._unreadable_at(internals.failed_partition(self.raw), error)
+
+    def _unreadable_at(self, culprit: TopicPartition | None, error: BaseException) -> BusError:
+        """The partition stands, and all others go back to what was delivered of them: what `getmany` had already taken
+        out of them when it failed is gone with the error, and their positions are past it."""
+        for partition in self.held:
+            _quietly(self.raw.seek, partition, self._next[partition])
+        part = self.held.get(culprit) if culprit is not None else None
+        if culprit is None or part is None:
+            return TransportUnavailable(f"reading failed: {error!r}")
+        _quietly(self.raw.pause, culprit)
+        self._unreadable[culprit] = self._clock.monotonic() + UNREADABLE_RETRY_S
+        position = self._next[culprit]
         self._metrics.count("foldbus_unreadable_partitions_total", topic=part.topic)
         log.error("%s[%s] cannot be read from offset %s on: %r", part.topic, part.partition, position, error)
-        raise UnreadablePartition(part, position=position) from error
+        return UnreadablePartition(part, position=position)
 
     def _try_unreadable_again(self) -> None:
         now = self._clock.monotonic()
