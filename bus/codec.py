@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import UUID
 
 from pydantic import BaseModel, JsonValue, TypeAdapter, ValidationError
@@ -40,10 +40,10 @@ class Codec(Protocol):
         ...
 
     def encode_reply(self, command: Envelope, answer: BaseModel | Refused | None, origin: Origin) -> Envelope:
-        """The answer to `command`, addressed to its `reply_to`; without one it is kept for whoever asks, not published."""
+        """The answer to `command`, addressed to its `reply_to`; without one it is kept for whoever asks."""
         ...
 
-    def decode_reply(self, reply: Envelope, command: type[Command[BaseModel | None]]) -> BaseModel | Refused | None:
+    def decode_reply(self, reply: Envelope, command: type[Command[Any]]) -> BaseModel | Refused | None:
         """What `encode_reply` was given; an ok reply without data (nothing to undo) is
         None. Not for died and cancelled."""
         ...
@@ -153,7 +153,7 @@ class JsonCodec:
             data = answer.__pydantic_serializer__.to_json(answer)
         return reply_envelope(command, outcome, data, origin)
 
-    def decode_reply(self, reply: Envelope, command: type[Command[BaseModel | None]]) -> BaseModel | Refused | None:
+    def decode_reply(self, reply: Envelope, command: type[Command[Any]]) -> BaseModel | Refused | None:
         if reply.outcome is ReplyOutcome.REFUSED:
             body = _validate(_RefusalBody, reply.data, reply.type)
             assert isinstance(body, _RefusalBody)
@@ -170,7 +170,7 @@ class JsonCodec:
 
 
 def reply_envelope(command: Envelope, outcome: ReplyOutcome, data: bytes, origin: Origin) -> Envelope:
-    """A reply of any outcome, addressed to the command's `reply_to`; without one it has no topic: kept, not published."""
+    """A reply of any outcome, addressed to the command's `reply_to`; without one it has no topic: it is only kept."""
     to = command.reply_to
     return Envelope(
         id=origin.id,

@@ -203,7 +203,7 @@ class Connection:
 
     def view(self, projection: Projection[Row]) -> View[Row]:
         """A read model of this service, to look at: `get(key, after=answer)` waits until it has seen that answer."""
-        return View.of(self, projection)
+        return View(self, projection)
 
     # --- helpers of the rooms beside this one -------------------------------------------------------------------
 
@@ -239,7 +239,7 @@ class Connection:
             case ReplyOutcome.CANCELLED:
                 raise Cancelled(reply.causation_id)
             case _:
-                value = self.service.codec.decode_reply(reply, type(command))
+                value = self.service.codec.decode_reply(reply, cast("type[Command[Any]]", type(command)))
         if isinstance(value, Refused):
             raise value
         if receipt:

@@ -11,7 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 from bus.codec import HEADROOM_BYTES, check_size, died_reply, reply_envelope
@@ -40,10 +40,6 @@ from eventstore.port import (
 log = logging.getLogger("foldbus.runtime")
 
 _CONFLICTS_BEFORE_WAITING = 20
-
-
-class Wants(Protocol):
-    def __call__(self, type_name: str) -> bool: ...
 
 
 class StateCache:
@@ -90,7 +86,7 @@ class UnitProcessor:
         service: str,
         behaviour: Behaviour[Any],
         store: Store,
-        wants: Wants,
+        wants: Callable[[str], bool],
         ids: Ids,
         clock: Clock,
         metrics: Metrics,

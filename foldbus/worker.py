@@ -202,7 +202,7 @@ class Worker:
             asyncio.create_task(self._when_topics_exist(engine), name=f"engine {engine}") for engine in self.engines
         ]
         background = [asyncio.create_task(self.relay.run(), name="relay")]
-        background += [asyncio.create_task(self._run_projection(runner), name="projection") for runner in self.runners]
+        background += [asyncio.create_task(runner.run(), name="projection") for runner in self.runners]
         if self._replies is not None:
             background.append(asyncio.create_task(self._timers(self._replies), name="timers"))
         for task in (*parts, *background):
@@ -241,17 +241,6 @@ class Worker:
         while True:
             try:
                 return await engine.run()
-            except MissingTopics as error:
-                if waited % self.settings.topics_wait_s == 0:
-                    log.warning("waiting for topics: %s", error)
-                waited += 0.5
-                await asyncio.sleep(0.5)
-
-    async def _run_projection(self, runner: Any) -> None:
-        waited = 0.0
-        while True:
-            try:
-                return await runner.run()
             except MissingTopics as error:
                 if waited % self.settings.topics_wait_s == 0:
                     log.warning("waiting for topics: %s", error)

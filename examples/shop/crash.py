@@ -95,11 +95,11 @@ class Crashes:
             self._ending = True
             killer.cancel()
             for process in self._running.values():
-                if process.returncode is None:
+                if _alive(process):
                     process.terminate()
             await asyncio.wait(keepers, timeout=30)
             for process in self._running.values():
-                if process.returncode is None:
+                if _alive(process):
                     process.kill()
             await asyncio.gather(killer, *keepers, return_exceptions=True)
 
@@ -118,22 +118,32 @@ class Crashes:
             "FOLDBUS_SESSION_TIMEOUT_S": str(self._session_timeout_s),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(_HERE), os.environ.get("PYTHONPATH", "")])),
         }
-        while not self._ending:
+        while not self._stopping():
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "foldbus", "run", f"shop.{name}:app", "--quiet",
                 env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
             )  # fmt: skip
             self._running[name] = process
             code = await process.wait()
-            if not self._ending and code != -signal.SIGKILL:
+            if not self._stopping() and code != -signal.SIGKILL:
                 self._errors.append(f"the worker of {name} ended by itself with exit code {code}")
                 return
 
     async def _kill(self) -> None:
-        while not self._calm:
+        while self._killing():
             await asyncio.sleep(self._rng.uniform(*self._every_s))
             name = self._rng.choice(self._names)
             process = self._running.get(name)
-            if not self._calm and process is not None and process.returncode is None:
+            if process is not None and _alive(process) and self._killing():
                 process.kill()
                 self.kills += 1
+
+    def _killing(self) -> bool:
+        return not self._calm
+
+    def _stopping(self) -> bool:
+        return self._ending
+
+
+def _alive(process: asyncio.subprocess.Process) -> bool:
+    return process.returncode is None

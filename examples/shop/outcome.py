@@ -9,10 +9,17 @@ from bus.envelope import Envelope
 from eventstore.port import Store, Wanted
 from foldbus import Connection
 from foldbus.progress import Progress
-from foldbus.views import rebuild
 from sagas import describe, saga_id, saga_stream, timeline
 from shop import insights, orders, payments, warehouse
-from shop.messages import OrderCancelled, OrderPlaced, PaymentRefunded, PaymentTaken, StockReleased, StockReserved
+from shop.messages import (
+    OrderCancelled,
+    OrderCompleted,
+    OrderPlaced,
+    PaymentRefunded,
+    PaymentTaken,
+    StockReleased,
+    StockReserved,
+)
 from shop.purchases import CustomerFigures, Figures
 
 PAGE = 1000
@@ -43,7 +50,7 @@ async def count_shop(store: str, bus: str) -> Figures:
                 case OrderPlaced(customer_id=customer_id):
                     out.placed += 1
                     customers.add(customer_id)
-                case orders.OrderCompleted(quantity=quantity, cents=cents):
+                case OrderCompleted(quantity=quantity, cents=cents):
                     out.completed += 1
                     out.completed_cds += quantity
                     out.completed_cents += cents
@@ -132,4 +139,6 @@ async def _timeline(connection: Connection, order_id: str) -> list[str]:
 async def rebuild_insights(store: str, bus: str, progress: Progress) -> None:
     """Builds the customers anew, beside the rows that serve, and swaps."""
     async with insights.app.connect(store=store, bus=bus) as connection:
-        await rebuild(connection, insights.customers, progress)
+        with progress.task("rebuild", 0):
+            async for step in connection.view(insights.customers).rebuild():
+                progress.at(step.done, total=step.total)

@@ -43,7 +43,5 @@ async def _run(service: Service, chosen: Settings) -> None:
         poll=chosen.poll(),
     ) as connection:
         assert connection.worker is not None
-        stop = asyncio.ensure_future(stopping.wait())
-        failed = connection.worker.ended
-        await asyncio.wait([stop, failed], return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
+        connection.worker.ended.add_done_callback(lambda _: stopping.set())
+        await stopping.wait()
