@@ -540,6 +540,15 @@ def test_an_answer_that_history_has_earlier_than_the_code_asks_for_it_is_kept() 
     assert instance.status is Status.COMPLETED
 
 
+def test_of_two_answers_that_come_before_the_code_asks_the_first_counts() -> None:
+    async def one_by_one(run: SagaRun, placed: OrderPlaced) -> None:
+        await run.step(Reserve(order_id="o"))
+        await run.step(Pay(payment_id="p"))
+
+    instance = replay(one_by_one, LIVED, [ok("2"), refused("2"), ok("1")])
+    assert instance.status is Status.COMPLETED
+
+
 # --- undos and operators ----------------------------------------------------------------------------------------------
 
 
@@ -573,6 +582,7 @@ def test_a_mismatch_while_compensating_is_not_taken_for_a_failed_undo() -> None:
     instance.feed(ok("1"))
     instance.feed(refused("2"))  # history knows of no undo
     assert "undo:1" in why(instance)
+    assert instance.end_replay() == []
     assert instance.retry(at=T0) == []
     assert instance.status is Status.PARKED
 
@@ -593,6 +603,22 @@ def test_cancelling_never_interrupts_an_undo() -> None:
     assert instance.waiting == ("undo:1",)
     instance.feed(ok("undo:1"))
     assert instance.status is Status.COMPENSATED
+
+
+def test_cancelling_leaves_a_parked_saga_as_it_is() -> None:
+    async def bug(run: SagaRun) -> None:
+        await run.step(Note(text="b"))
+        raise KeyError("x")
+
+    async def story(run: SagaRun, placed: OrderPlaced) -> None:
+        await run.all(run.step(Note(text="a")), bug(run))
+
+    instance, _ = begin(story)
+    instance.feed(ok("2.2.1"))
+    waiting = instance.waiting
+    assert instance.status is Status.PARKED
+    assert instance.cancel(at=T0) == []
+    assert (instance.waiting, instance.status) == (waiting, Status.PARKED)
 
 
 # --- being dropped ----------------------------------------------------------------------------------------------------
