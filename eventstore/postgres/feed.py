@@ -1,0 +1,133 @@
+"""Who reads the log waits here: the watermark, taken once for all readers of a process, and what wakes them.
+
+Within a process a commit wakes at once. Other processes are told by NOTIFY on a connection of its own, at most
+`_NOTIFY_INTERVAL_S` apart and never inside an append's transaction: there it takes a lock of the whole server until the
+commit is on disk, which costs up to nine tenths of the appends. Polling is the safety net under both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+
+import asyncpg
+
+from bus.envelope import Position
+from bus.metrics import Metrics
+from eventstore.postgres.errors import DRIVER_ERRORS
+
+log = logging.getLogger("foldbus.eventstore")
+
+_NOTIFY_INTERVAL_S = 0.01
+_POLL_S = 0.25
+_FLOOR_POLL_S = 0.005
+_RECONNECT_S = 0.5
+
+
+class Watermark:
+    """The highest position that is safe to read, shared: callers that come while one query is under way share the
+    next. It never goes back within a process. What was safe once stays safe, although the lowest lock may go back: an
+    appender that read the sequence early and locked late holds a low floor, but draws above everything drawn before.
+    """
+
+    def __init__(self, query: Callable[[], Awaitable[tuple[Position, Position]]]) -> None:
+        self._query = query
+        self._turn = asyncio.Lock()
+        self._asked = self._answered = 0
+        self.safe: Position = 0
+        self.drawn: Position = 0
+
+    async def fresh(self) -> Position:
+        """Of a query that began after this call did: what the caller committed before is at or below it."""
+        self._asked += 1
+        mine = self._asked
+        async with self._turn:
+            if self._answered < mine:
+                covers = self._asked  # everybody who asked until now
+                safe, drawn = await self._query()
+                self.safe, self.drawn = max(self.safe, safe), max(self.drawn, drawn)
+                self._answered = covers
+        return self.safe
+
+
+class Wakeups:
+    """`run` is to be kept running as a task; without it, waiting is polling."""
+
+    def __init__(self, dsn: str, channel: str, metrics: Metrics) -> None:
+        self._dsn, self._channel, self._metrics = dsn, channel, metrics
+        self._event = asyncio.Event()
+        self._tell = asyncio.Event()
+
+    def woken(self) -> asyncio.Event:
+        """Set at the next wake-up. Take it before looking, wait for it after finding nothing."""
+        return self._event
+
+    def committed(self) -> None:
+        """This process committed something: wakes its readers at once, and others' soon."""
+        self._wake()
+        self._tell.set()
+
+    def _wake(self) -> None:
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self._converse()
+            except DRIVER_ERRORS as error:
+                self._metrics.count("foldbus_store_listener_failures_total")
+                log.warning("listening for other processes' commits failed (%r); polling meanwhile", error)
+            self._wake()  # whatever was missed
+            await asyncio.sleep(_RECONNECT_S)
+
+    async def _converse(self) -> None:
+        db = await asyncpg.connect(self._dsn, timeout=10)
+        closed = asyncio.Event()
+        try:
+            own = db.get_server_pid()
+
+            def told(_: object, pid: int, *__: object) -> None:
+                if pid != own:
+                    self._wake()
+
+            def ended(_: object) -> None:
+                closed.set()
+                self._tell.set()
+
+            db.add_termination_listener(ended)
+            await db.add_listener(self._channel, told)
+            self._wake()
+            while True:
+                await self._tell.wait()
+                if closed.is_set():
+                    raise ConnectionResetError("the listening connection was closed")
+                self._tell.clear()
+                await db.execute(f"notify {self._channel}", timeout=10)
+                await asyncio.sleep(_NOTIFY_INTERVAL_S)
+        finally:
+            db.terminate()
+
+
+async def wait_past(watermark: Watermark, wakeups: Wakeups, position: Position, *, timeout_s: float) -> None:
+    """See the port. While positions are drawn but held by an open appender, looks more often than when all is quiet."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + timeout_s
+    pause = _FLOOR_POLL_S
+    while True:
+        woken = wakeups.woken()
+        if await watermark.fresh() > position:
+            return
+        left = until - loop.time()
+        if left <= 0:
+            return
+        pause = min(pause * 2, _POLL_S) if watermark.drawn > position else _POLL_S
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(woken.wait(), min(pause, left))
+        if woken.is_set():
+            pause = _FLOOR_POLL_S
+
+
+__all__ = ["Wakeups", "Watermark", "wait_past"]

@@ -1,0 +1,406 @@
+"""The store on PostgreSQL: one schema per service, units committed by one function call.
+
+What is where: `migrations/sql/` has tables and functions (floor lock and commit are explained there), `units.py` turns
+units into the function's arrays, `feed.py` has the watermark and what wakes readers, `pool.py` the connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, TypeAlias, TypeVar, cast
+from uuid import UUID
+
+import asyncpg
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from bus.envelope import Envelope, Failure, Offset, Position, StreamId
+from bus.metrics import MemoryMetrics, Metrics
+from bus.seams import Clock, Ids, SystemClock
+from eventstore import rows
+from eventstore.checks import check_units
+from eventstore.errors import BadUnit, EventStoreError, StoreUnavailable
+from eventstore.port import (
+    Claim,
+    DeadLetter,
+    Outcome,
+    Page,
+    Slice,
+    Standing,
+    Tx,
+    Unit,
+    Verdict,
+    Wanted,
+    Watermark,
+)
+from eventstore.postgres import feed, schema
+from eventstore.postgres.errors import DRIVER_ERRORS, Trouble, kind, translated
+from eventstore.postgres.leases import PostgresLeases
+from eventstore.postgres.pool import Pool, driver_dsn, make_engine
+from eventstore.postgres.timers import PostgresTimers
+from eventstore.postgres.units import ARGUMENTS, STATES, Call
+
+log = logging.getLogger("foldbus.eventstore")
+
+T = TypeVar("T")
+Driver: TypeAlias = "asyncpg.Connection[asyncpg.Record]"  # generic in its type stubs only
+
+_ATTEMPTS = 5
+"""How often a call is made that loses to a deadlock or a serialization failure."""
+_BACKOFF_S = 0.01
+
+
+class PostgresTx:
+    """See `Tx`. Rows and staged units are written together, or not at all."""
+
+    def __init__(self, sql: AsyncConnection) -> None:
+        self.sql = sql
+        self.wrote = False
+
+
+class PostgresStore:
+    """One service's database. See the `Store` port for every promise."""
+
+    def __init__(
+        self, engine: AsyncEngine, dsn: str, *, service: str, clock: Clock, metrics: Metrics, timeout_s: float
+    ) -> None:
+        self.service = service
+        self.schema = schema.schema_of(service)
+        self.epoch = 0
+        self.engine = engine
+        self._pool = Pool(engine, metrics)
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+        self._jitter = random.Random()
+        self._watermark = feed.Watermark(self._query_watermark)
+        self._wakeups = feed.Wakeups(driver_dsn(dsn), self.schema, metrics)
+        self.leases = PostgresLeases(self._row, self.schema, clock, metrics)
+        self.timers = PostgresTimers(self._rows, self.schema, clock)
+        arguments = ", ".join(f"${n}" for n in range(1, ARGUMENTS + 1))
+        self._commit_sql = f"select * from {self.schema}.commit_units({arguments})"
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        dsn: str,
+        *,
+        service: str,
+        clock: Clock | None = None,
+        ids: Ids | None = None,
+        metrics: Metrics | None = None,
+        pool_size: int = 10,
+        timeout_s: float = 30.0,
+    ) -> AsyncGenerator[PostgresStore, None]:
+        """Raises SchemaMismatch when the database is not what this code works with, StoreUnavailable when it does not
+        answer. `timeout_s` bounds each call to the database and the wait for a connection. One more connection than
+        `pool_size` listens for other processes' commits."""
+        del ids  # nothing here needs new ids
+        clock = clock or SystemClock()
+        metrics = metrics or MemoryMetrics()
+        engine = make_engine(dsn, service=service, pool_size=pool_size, timeout_s=timeout_s)
+        store = cls(engine, dsn, service=service, clock=clock, metrics=metrics, timeout_s=timeout_s)
+        listening: asyncio.Task[None] | None = None
+        try:
+            await store._begin()
+            listening = asyncio.create_task(store._wakeups.run(), name=f"listen {store.schema}")
+            yield store
+        finally:
+            if listening is not None:
+                listening.cancel()
+                with suppress(asyncio.CancelledError):
+                    await listening
+            await store._pool.close()
+
+    @staticmethod
+    async def migrate(dsn: str, *, service: str) -> None:
+        """Brings the service's schema up to date. Does nothing when it is; several processes may call it at once."""
+        await schema.migrate(dsn, service=service)
+
+    @staticmethod
+    async def current(dsn: str, *, service: str) -> str | None:
+        """The migration that the schema is at; None: there is no schema."""
+        return await schema.current(dsn, service=service)
+
+    @staticmethod
+    async def upgrade_needed(dsn: str, *, service: str) -> bool:
+        return await schema.current(dsn, service=service) != schema.HEAD
+
+    @staticmethod
+    async def raise_epoch(dsn: str, *, service: str) -> int:
+        """Once after the database was restored from a backup, before services start again. Answers the new epoch."""
+        return await schema.raise_epoch(dsn, service=service)
+
+    async def _begin(self) -> None:
+        try:
+            async with self.connection() as db:
+                self.epoch = (await schema.check(db, service=self.service)).epoch
+        except DRIVER_ERRORS as error:
+            raise translated(error, doing=f"open {self.schema}") from error
+        await self.timers.next_due()  # how far the database's clock is from ours
+
+    def connection(self) -> AbstractAsyncContextManager[Driver]:
+        """A driver connection from the pool, in autocommit. One left inside a transaction is closed, not reused."""
+        return self._pool.connection()
+
+    # --- commit ------------------------------------------------------------------------------------------------------
+
+    async def commit(
+        self, units: Sequence[Unit], *, watermarks: Sequence[Watermark] = (), tx: Tx | None = None
+    ) -> Sequence[Outcome]:
+        check_units(units, watermarks)
+        if not units and not watermarks:
+            return []
+        call = Call(units, watermarks, service=self.service, epoch=self.epoch)
+        if tx is not None:
+            return await self._commit_within(call, tx)
+        try:
+            outcomes = await self._retried(lambda: self._commit_alone(call), doing="commit")
+        except _DataTrouble as trouble:
+            return await self._commit_one_by_one(units, watermarks, trouble)
+        if any(outcome.verdict is Verdict.COMMITTED for outcome in outcomes):
+            self._wakeups.committed()
+        return outcomes
+
+    async def _commit_alone(self, call: Call) -> Sequence[Outcome]:
+        async with self.connection() as db:
+            return await self._call(db, call)
+
+    async def _call(self, db: Driver, call: Call) -> Sequence[Outcome]:
+        arguments = call.arguments()
+        answer = cast("asyncpg.Record", await db.fetchrow(self._commit_sql, *arguments, timeout=self._timeout_s))
+        outcomes = call.outcomes(answer)
+        if answer["verdicts"] is not None:
+            await self._answer_duplicates(db, call.units, outcomes)
+        return outcomes
+
+    async def _answer_duplicates(self, db: Driver, units: Sequence[Unit], outcomes: list[Outcome]) -> None:
+        asked: dict[str, list[int]] = {}
+        for nth, (unit, outcome) in enumerate(zip(units, outcomes, strict=True)):
+            if outcome.verdict is Verdict.DUPLICATE and unit.claim is not None:
+                asked.setdefault(unit.claim.consumer, []).append(nth)
+        for consumer, places in asked.items():
+            ids = [cast(Claim, units[nth].claim).message_id for nth in places]
+            for nth, standing in zip(places, await self._examine(db, consumer, ids), strict=True):
+                outcomes[nth] = replace(outcomes[nth], reply=standing.reply)
+
+    async def _commit_within(self, call: Call, tx: Tx) -> Sequence[Outcome]:
+        try:
+            pooled = await tx.sql.get_raw_connection()
+            db = cast("Driver", pooled.driver_connection)
+            if not db.is_in_transaction():
+                # SQLAlchemy begins a transaction when it first executes something itself. (It refuses to, when the
+                # caller has ended the transaction of the context that it is still in.)
+                await tx.sql.exec_driver_sql("select 1")
+            if not db.is_in_transaction():
+                raise EventStoreError("the connection is in autocommit; wanted a transaction, nothing was written")
+            outcomes = await self._call(db, call)
+        except InvalidRequestError as error:
+            raise EventStoreError(f"this transaction has ended, nothing was written: {error}") from error
+        except DRIVER_ERRORS as error:
+            if kind(error) is Trouble.DATA:
+                raise BadUnit(f"the database cannot hold a value of these units: {error}") from error
+            raise translated(error, doing="commit within a transaction") from error
+        except asyncio.CancelledError:
+            await tx.sql.invalidate()  # in the middle of a statement: the transaction is gone with its connection
+            raise
+        if isinstance(tx, PostgresTx):
+            tx.wrote = True
+        return outcomes
+
+    async def _commit_one_by_one(
+        self, units: Sequence[Unit], watermarks: Sequence[Watermark], trouble: _DataTrouble
+    ) -> Sequence[Outcome]:
+        """The database refused a value somewhere in the call. Units of one stream or key stay in order; the bad one is
+        named, the others are written. Watermarks are not: who does not know the outcomes must not move on."""
+        if len(units) <= 1:
+            raise BadUnit(f"the database cannot hold a value of this unit: {trouble.error}") from trouble.error
+        self._metrics.count("foldbus_store_calls_split_total")
+        bad: list[str] = []
+        for nth, unit in enumerate(units):
+            try:
+                await self.commit([unit])
+            except BadUnit as error:
+                log.warning("unit %d of a call of %d cannot be stored: %s", nth, len(units), error)
+                bad.append(f"unit {nth} of {len(units)}: {error}")
+        if not bad:  # then it was a watermark
+            raise BadUnit(f"the database cannot hold a watermark: {trouble.error}") from trouble.error
+        raise BadUnit("; ".join(bad) + "; the other units were committed alone") from trouble.error
+
+    async def begin_effect(self, claim: Claim, *, lease_s: float) -> Standing:
+        raise NotImplementedError("effect handlers are reserved")
+
+    async def park(self, consumer: str, envelope: Envelope, why: Failure) -> Outcome:
+        raise NotImplementedError("parking is reserved")
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncGenerator[PostgresTx, None]:
+        try:
+            async with self.engine.connect() as sql:
+                async with sql.begin():
+                    tx = PostgresTx(sql)
+                    await sql.exec_driver_sql(
+                        "select 1"
+                    )  # now it has truly begun, also for the driver's own statements
+                    yield tx
+        finally:
+            self._wakeups.committed()
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    async def load(self, wanted: Sequence[Wanted]) -> Sequence[Slice]:
+        found = await self._rows(
+            f"select * from {self.schema}.load($1, $2, $3, $4)",
+            [one.stream.category for one in wanted],
+            [one.stream.id for one in wanted],
+            [one.after for one in wanted],
+            [one.limit for one in wanted],
+        )
+        versions = [0] * len(wanted)
+        records: list[list[Envelope]] = [[] for _ in wanted]
+        for row in found:
+            nth, stream_version, id, type, key, topic, time, data, meta, version, position = row
+            place = int(nth) - 1
+            versions[place] = stream_version
+            if id is not None:
+                stream = wanted[place].stream
+                records[place].append(rows.envelope(id, type, key, topic, data, time, meta, stream, version, position))
+        return [
+            Slice(one.stream, version, events) for one, version, events in zip(wanted, versions, records, strict=True)
+        ]
+
+    async def examine(self, consumer: str, ids: Sequence[tuple[UUID, str]]) -> Sequence[Standing]:
+        async def ask() -> Sequence[Standing]:
+            async with self.connection() as db:
+                return await self._examine(db, consumer, [id for id, _ in ids])
+
+        return await self._retried(ask, doing="examine")
+
+    async def _examine(self, db: Driver, consumer: str, ids: Sequence[UUID]) -> list[Standing]:
+        found = await db.fetch(f"select * from {self.schema}.examine($1, $2)", consumer, ids, timeout=self._timeout_s)
+        standings: list[Standing] = []
+        for _, state, document, data, last_event, last_public in found:
+            reply = None
+            if document is not None:
+                reply = with_token(rows.from_document(document, data), last_event, last_public)
+            standings.append(Standing(STATES[state], reply))
+        return standings
+
+    async def read_all(self, *, after: Position, limit: int, outgoing: bool = False) -> Page:
+        if limit < 1:
+            raise ValueError(f"limit is {limit}; wanted 1 or more")
+        head = await self._watermark.fresh()
+        if head <= after:
+            return Page([], after, head)
+        # A later statement than the watermark's, and so a later snapshot: see 0001_floor_lock.sql.
+        if outgoing:
+            found = await self._rows(f"select * from {self.schema}.read_log($1, $2, $3)", after, head, limit)
+            records = [_logged(*row) for row in found]
+        else:
+            found = await self._rows(f"select * from {self.schema}.read_events($1, $2, $3)", after, head, limit)
+            records = [
+                rows.envelope(id, type, key, topic, data, time, meta, StreamId(category, stream), version, position)
+                for position, id, type, key, topic, time, data, meta, category, stream, version in found
+            ]
+        upto = found[-1][0] if len(found) >= limit else head
+        return Page(records, upto, head)
+
+    async def head(self) -> Position:
+        return await self._watermark.fresh()
+
+    async def wait_past(self, position: Position, *, timeout_s: float) -> None:
+        await feed.wait_past(self._watermark, self._wakeups, position, timeout_s=timeout_s)
+
+    async def watermarks(self, group: str) -> Mapping[tuple[str, int], Offset]:
+        sql = f'select topic, partition, "offset" from {self.schema}.watermarks where "group" = $1'
+        return {(topic, partition): offset for topic, partition, offset in await self._rows(sql, group)}
+
+    async def forget_outgoing(self, *, upto: Position) -> int:
+        # Only below the watermark: the relay never got further, whatever it says.
+        head = await self._watermark.fresh()
+        sql = f"""with gone as (delete from {self.schema}.outgoing where position <= $1 returning 1)
+                  select count(*) from gone"""
+        return int((await self._row(sql, min(upto, head)))[0])
+
+    async def dead_letters(
+        self, *, after: tuple[datetime, UUID] | None = None, limit: int = 100
+    ) -> Sequence[DeadLetter]:
+        later, arguments = ("where (failed_at, id) > ($2, $3)", after) if after is not None else ("", ())
+        sql = f"""select consumer, id, key, value, failed_at, document from {self.schema}.dead_letters {later}
+                   order by failed_at, id, consumer limit $1"""
+        return [rows.dead_letter(*row) for row in await self._rows(sql, limit, *arguments)]
+
+    # --- asking ------------------------------------------------------------------------------------------------------
+
+    async def _query_watermark(self) -> tuple[Position, Position]:
+        row = await self._row(f"select safe, drawn from {self.schema}.watermark()")
+        return row["safe"], row["drawn"]
+
+    async def _rows(self, sql: str, *arguments: Any) -> Sequence[asyncpg.Record]:
+        async def ask() -> Sequence[asyncpg.Record]:
+            async with self.connection() as db:
+                return await db.fetch(sql, *arguments, timeout=self._timeout_s)
+
+        return await self._retried(ask, doing="ask the database")
+
+    async def _row(self, sql: str, *arguments: Any) -> Any:
+        found = await self._rows(sql, *arguments)
+        return found[0] if found else None
+
+    async def _retried(self, act: Callable[[], Awaitable[T]], *, doing: str) -> T:
+        """Once more, with jitter, after a deadlock or serialization failure: nothing was written then."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return await act()
+            except DRIVER_ERRORS as error:
+                trouble = kind(error)
+                if trouble is Trouble.DATA:
+                    raise _DataTrouble(error) from error
+                self._metrics.count("foldbus_store_errors_total", trouble=trouble.value)
+                if trouble is not Trouble.RACE or attempt == _ATTEMPTS:
+                    raise translated(error, doing=doing) from error
+                self._metrics.count("foldbus_store_retries_total")
+                log.info("%s lost a race (attempt %d of %d): %s", doing, attempt, _ATTEMPTS, error)
+                await asyncio.sleep(_BACKOFF_S * 2**attempt * self._jitter.random())
+        raise StoreUnavailable(f"{doing}: gave up")
+
+
+class _DataTrouble(EventStoreError):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"the database cannot hold a value: {error}")
+        self.error = error
+
+
+def with_token(reply: Envelope, last_event: Position, last_public: Position) -> Envelope:
+    """A stored reply, with the positions that were drawn after its document was made."""
+    if reply.token is None:
+        return reply
+    return replace(reply, token=replace(reply.token, position=last_event, public=last_public))
+
+
+def _logged(
+    position: int,
+    id: UUID,
+    type: str,
+    key: str,
+    topic: str | None,
+    time: datetime,
+    data: bytes,
+    meta: str,
+    category: str | None,
+    stream: str | None,
+    version: int | None,
+    last_event: int | None,
+    last_public: int | None,
+) -> Envelope:
+    where = None if category is None or stream is None else StreamId(category, stream)
+    found = rows.envelope(id, type, key, topic, data, time, meta, where, version, position)
+    return found if last_event is None else with_token(found, last_event, last_public or 0)
