@@ -16,12 +16,13 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from uuid import UUID
 
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from bus.envelope import Envelope, Failure, Offset, Position, StreamId, Token, Version
+
+if TYPE_CHECKING:  # half a second of imports that most processes never need
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
 
 class Any_(StrEnum):

@@ -1,4 +1,5 @@
-"""From a URL to a store or a transport: the only place that knows which adapters there are.
+"""From a URL to a store or a transport: the only place that knows which adapters there are. An adapter is imported when
+it is opened: a process does not pay for the drivers of the others.
 
 | URL | is |
 | --- | --- |
@@ -15,15 +16,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bus.embedded import EmbeddedTransport
 from bus.errors import FoldbusError
-from bus.kafka import KafkaTransport
 from bus.metrics import Metrics
 from bus.seams import Clock, Ids
 from bus.transport import PollSettings, Transport
 from eventstore.port import Store
-from eventstore.postgres import PostgresStore
-from eventstore.sqlite import SqliteStore
 
 DEFAULT_STORE = "sqlite:.foldbus"
 DEFAULT_BUS = "embedded:.foldbus"
@@ -67,8 +64,12 @@ async def migrate_store(url: str, service: str) -> None:
     parsed = StoreUrl.parse(url)
     if parsed.embedded:
         parsed.file(service).parent.mkdir(parents=True, exist_ok=True)
+        from eventstore.sqlite import SqliteStore
+
         await SqliteStore.migrate(parsed.file(service), service=service)
     else:
+        from eventstore.postgres import PostgresStore
+
         await PostgresStore.migrate(parsed.text, service=service)
 
 
@@ -81,9 +82,13 @@ async def open_store(
     if migrate or (migrate is None and parsed.embedded):
         await migrate_store(url, service)
     if parsed.embedded:
+        from eventstore.sqlite import SqliteStore
+
         async with SqliteStore.open(parsed.file(service), service=service, clock=clock, metrics=metrics) as store:
             yield store
     else:
+        from eventstore.postgres import PostgresStore
+
         async with PostgresStore.open(parsed.text, service=service, clock=clock, metrics=metrics) as store:
             yield store
 
@@ -95,6 +100,8 @@ async def open_transport(
     """Opens the transport that `url` names; `settings` None takes what fits it."""
     scheme, _, rest = url.partition(":")
     if scheme == "embedded":
+        from bus.embedded import EmbeddedTransport
+
         directory = _directory(url)
         directory.mkdir(parents=True, exist_ok=True)
         timings = settings or PollSettings(session_timeout_s=3.0, heartbeat_s=0.5, rebalance_timeout_s=20.0)
@@ -103,6 +110,8 @@ async def open_transport(
         ) as transport:
             yield transport
     elif scheme == "kafka":
+        from bus.kafka import KafkaTransport
+
         bootstrap = rest.removeprefix("//").rstrip("/")
         async with KafkaTransport.open(
             bootstrap, settings=settings or PollSettings(), client_id=client_id, clock=clock, metrics=metrics

@@ -63,7 +63,7 @@ class SteadyWorkers:
 
 class Crashes:
     """Each service in a process of its own, started again whenever it ends. One of them is killed with SIGKILL every
-    0.3 to 2 seconds, at a moment and of a service that the seed decides, until `calm`."""
+    0.5 to 4 seconds, at a moment and of a service that the seed decides, until `calm`."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Crashes:
         bus: str,
         rng: random.Random,
         *,
-        every_s: tuple[float, float] = (0.3, 2.0),
+        every_s: tuple[float, float] = (0.5, 4.0),
         session_timeout_s: float = 3.0,
     ) -> None:
         self._names = [service.name for service in services]
