@@ -201,6 +201,10 @@ class SqliteDatabase:
                     break
                 self._metrics.count("foldbus_store_busy_retries_total", store="sqlite")
                 await asyncio.sleep(self._random.uniform(*_RETRY_S))
+            except asyncio.CancelledError:  # the event loop ends: nobody is left to be told
+                for job in batch:
+                    job.done.cancel()
+                raise
             except BaseException as error:  # the transaction as a whole failed, and with it everybody in it
                 log.warning("a transaction of %d calls on %s failed: %r", len(batch), self.path, error)
                 results = [(None, error)] * len(batch)
