@@ -156,11 +156,11 @@ class KeyQueues:
     # -- coming back --------------------------------------------------------------------------------------------------
 
     def finish(self, entry: Entry, result: Result) -> None:
-        """It was at work and is handled: its offset is complete, if its epoch still counts."""
+        """It was at work and is handled: its offset is complete. Where its epoch has ended, that moves the watermark of
+        a `Part` that nobody looks at any more."""
         self._rest(entry)
-        part = entry.part
-        if part is not None and not part.gone:
-            part.complete(entry.offset)
+        if entry.part is not None:
+            entry.part.complete(entry.offset)
         if entry.ended is not None and not entry.ended.done():
             entry.ended.set_result(result)
 

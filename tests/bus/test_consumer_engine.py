@@ -10,15 +10,17 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 from uuid import UUID
 
 import pytest
 
 from bus.consumer import BrokenProcessor, GivenUp
+from bus.embedded import EmbeddedTransport
 from bus.errors import Fenced, MissingTopics, OffsetOutOfRange, TransportUnavailable, Undecodable
 from bus.processing import Again, Done, Failed, Item, Result, Watermarks
-from bus.transport import Assignment, Delivery
+from bus.transport import Ack, Assignment, Delivery, Outgoing, PollSettings, TopicSpec
 from tests.bus.fake_transport import FAST, NOW, FakeTransport, Recorder, T, envelope, make_engine, offset_of, running
 from tests.bus.transports import eventually
 
@@ -152,6 +154,22 @@ async def test_the_watermark_given_along_is_what_was_handled_before_that_call() 
             assert marks[T, 0] == max([5, *(o + 1 for o in handled if set(range(5, o + 1)) <= handled)])
         handled |= {offset_of(item) for item in batch}
     assert sum((T, 0) in marks for marks in processor.marks) > 2
+
+
+async def test_a_watermark_is_stored_once_and_with_the_units_where_that_is_possible() -> None:
+    transport, processor = FakeTransport(), Recorder(fail_key("stuck"))
+    engine, _ = make_engine(transport, processor, patient(commit_interval_s=3600.0))
+    async with running(engine):
+        (part, _) = await transport.assign(0, 1)
+        transport.record("a")
+        await eventually(lambda: processor.handled == [("a", 0)], what="the first")
+        transport.record("stuck")
+        await eventually(lambda: len(processor.marks) >= 4, what="retries of the second")
+        assert processor.marks[:2] == [{(T, 0): 0, (T, 1): 0}, {(T, 0): 1}]
+        assert not any(processor.marks[2:])
+        await transport.revoke(part)
+        assert transport.committed == {(T, 0): 1}
+    assert processor.stored_alone == []
 
 
 async def test_failpoints_stand_before_and_after_the_offset_commit() -> None:
@@ -339,17 +357,19 @@ async def test_a_retry_of_a_part_that_is_being_revoked_is_left_to_the_new_owner(
 
 
 async def test_a_lost_part_is_not_committed_nor_waited_for() -> None:
-    transport, processor = FakeTransport(), Recorder()
+    transport, processor = FakeTransport(), Recorder(fail_key("a"))
     processor.gate.clear()
     transport.record("a")
-    engine, _ = make_engine(transport, processor)
+    engine, _ = make_engine(transport, processor, replace(FAST, drain_timeout_s=60.0))
     async with running(engine):
         (part,) = await transport.assign(0)
         await eventually(lambda: processor.entered == 1, what="a batch at work")
-        await transport.revoke(part, lost=True)
+        async with asyncio.timeout(5):
+            await transport.revoke(part, lost=True)
         processor.gate.set()
         await eventually(lambda: engine.idle, what="the batch's end")
     assert transport.commits == []
+    assert processor.entered == 1
 
 
 async def test_a_fenced_part_is_discarded_and_the_others_are_committed() -> None:
@@ -603,12 +623,15 @@ async def test_a_processor_that_overtakes_its_own_failure_stops_the_engine() -> 
     transport = FakeTransport()
     transport.record("a")
     transport.record("a")
-    engine, _ = make_engine(transport, Overtaking(), SLOW_COMMIT)
+    processor = Overtaking()
+    engine, _ = make_engine(transport, processor, replace(SLOW_COMMIT, drain_timeout_s=60.0))
     run = asyncio.create_task(engine.run())
     await transport.assign(0)
     with pytest.raises(BrokenProcessor, match="offset 1 of key 'a' before offset 0"):
-        await run
+        async with asyncio.timeout(5):  # what is at work has no end to wait for
+            await run
     assert transport.commits == []
+    assert processor.stored_alone == []
 
 
 async def test_a_processor_that_answers_too_little_stops_the_engine() -> None:
@@ -634,7 +657,7 @@ async def test_bad_input_is_given_up_at_once_and_stops_nobody() -> None:
     transport.record("a")
     transport.record("a", b"unreadable")
     transport.record("bad")
-    transport.record("u", type="unknown")
+    transport.record("a", type="unknown")
     transport.record("p", b"parser bug")
     transport.record("a")
     engine, metrics = make_engine(transport, processor, code_version="v7")
@@ -993,3 +1016,55 @@ async def test_a_fence_of_everything_leaves_nothing_behind() -> None:
         await eventually(lambda: transport.committed == {(T, 0): 1, (T, 1): 1}, what="a new start")
     assert isinstance(engine.assignments, tuple)
     assert Assignment(T, 0, 1) not in transport.positions
+
+
+# -- on a real transport ----------------------------------------------------------------------------------------------
+
+
+async def test_two_members_share_an_embedded_topic_and_a_third_takes_over_what_they_leave(tmp_path: Path) -> None:
+    """Join, rebalance and leave for real, under way: per key in order, nothing missing, all of it committed."""
+    settings = PollSettings(session_timeout_s=3.0, heartbeat_s=0.05, rebalance_timeout_s=10.0)
+    processor = Recorder()  # one database behind all members
+    sent: dict[str, int] = defaultdict(int)
+
+    async with EmbeddedTransport.open(tmp_path / "bus.db", settings=settings) as transport:
+        await transport.admin.create([TopicSpec(T, partitions=4)])
+
+        async def publish(n: int) -> None:
+            batch = []
+            for _ in range(n):
+                key = f"k{sum(sent.values()) % 23}"
+                batch.append(Outgoing(T, key.encode(), b"%d" % sent[key], (("type", b"e"),)))
+                sent[key] += 1
+            assert all(isinstance(answer, Ack) for answer in await transport.publish(batch))
+
+        def handled_once() -> dict[str, list[int]]:
+            values: dict[str, list[int]] = defaultdict(list)
+            for batch in processor.batches:
+                for item in batch:
+                    values[item.envelope.key].append(int(item.envelope.data))
+            return {key: list(dict.fromkeys(found)) for key, found in values.items()}
+
+        def all_handled() -> bool:
+            return handled_once() == {key: list(range(n)) for key, n in sent.items()}
+
+        engines = [make_engine(transport, processor)[0] for _ in range(3)]
+        await publish(500)
+        async with running(engines[0]):
+            await eventually(all_handled, what="the first member alone")
+            async with running(engines[1]):
+                await publish(500)
+                await eventually(lambda: all(len(e.assignments) == 2 for e in engines[:2]), what="two halves")
+                await publish(500)
+                await eventually(all_handled, what="both")
+            await publish(500)
+        async with running(engines[2]):
+            await publish(100)
+            await eventually(lambda: len(engines[2].assignments) == 4, what="the take-over")
+            await eventually(all_handled, what="the third")
+            async with asyncio.timeout(10):
+                while not await engines[2].caught_up():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        ends = {(T, p): end for p, (_, end) in (await transport.admin.offsets(T)).items() if end}
+        assert await transport.admin.committed("billing", [T]) == ends
+    assert processor.stored == ends
