@@ -343,6 +343,8 @@ STRUCTURED = {"content-type": b"application/cloudevents+json"}
         ({**OURS, "ce_correlationid": b" 190d0f0-1111-7222-8333-444455556666"}, "wanted a UUID"),
         ({**OURS, "ce_correlationid": b"0190d0f0-1111-7222-8333-44445555666_"}, "wanted a UUID"),
         ({**OURS, "ce_causationid": b"0190d0f011117222833344445555666600-0"}, "causationid .* wanted a UUID"),
+        ({**OURS, "ce_causationid": b"0190d0f01111-7222-8333-4444-55556666"}, "causationid .* wanted a UUID"),
+        ({**OURS, "ce_causationid": b"0190d0f0-1111-7222-8333-4444555566--"}, "causationid .* wanted a UUID"),
         ({**OURS, "ce_undoes": b"x"}, "undoes is b'x', wanted a UUID"),
         ({**OURS, "ce_deadline": b"soon"}, "deadline is b'soon', wanted a time"),
         ({**OURS, "ce_outcome": b"maybe"}, "outcome is b'maybe', wanted one of ok, refused, died, cancelled"),

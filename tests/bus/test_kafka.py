@@ -250,7 +250,7 @@ async def test_a_cancelled_publish_goes_on_and_keeps_its_place(kafka: str) -> No
         with pytest.raises(asyncio.CancelledError):
             await first
         assert kinds(await second) == ["Ack"]
-        assert await read_all(transport, topic) in (["1", "2", "3"], ["1", "3"])
+        assert await read_all(transport, topic) == ["1", "2", "3"]
 
 
 async def publish_all(transport: KafkaTransport, batch: Sequence[Outgoing], *, within_s: float = 45) -> None:
