@@ -161,7 +161,7 @@ class Pump:
                 assignment = delivery.assignment
                 part = live.get(assignment)
             offset = delivery.offset
-            if part is None or not part.taking or not part.receive(offset):
+            if part is None or not part.receive(offset):
                 stale += 1
                 continue
             size = delivery.size
