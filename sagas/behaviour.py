@@ -265,7 +265,7 @@ class SagaBehaviour:
                     log.warning("saga %s: step %s timed out, its outcome is unknown", turn.state.stream, path)
                 case SagaCompensating(why=why):
                     self._metrics.count("foldbus_saga_compensating_total", saga=name)
-                    log.warning("saga %s compensates: %s", turn.state.stream, why)
+                    log.info("saga %s compensates: %s", turn.state.stream, why)
                 case SagaParked(reason=reason):
                     self._metrics.count("foldbus_saga_parked_total", saga=name)
                     log.error("saga %s is parked: %s%s", turn.state.stream, reason, turn.stack and f"\n{turn.stack}")

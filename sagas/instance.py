@@ -224,8 +224,7 @@ class Instance:
             except StopIteration as stop:
                 self._settle(branch, stop.value, None)
             except StepFailed as failed:
-                # Without this frame in its traceback: a saga that keeps the exception would keep this instance alive.
-                self._settle(branch, None, failed.with_traceback(_below(failed.__traceback__)))
+                self._settle(branch, None, failed)
             except (Exception, asyncio.CancelledError, SystemExit, GeneratorExit) as bug:
                 # Nobody can cancel code that runs without an event loop: if it raises that, it is its own doing.
                 self._bug(bug)

@@ -50,7 +50,6 @@ class SagaState:
         self.instance: Instance | None = None
         self.unreadable: str | None = None
         """Why the history cannot be replayed here, when an event in it is not known to this program."""
-        self._before_park: Status | None = None
 
     @property
     def started(self) -> SagaStarted:
@@ -83,10 +82,9 @@ class SagaState:
             case SagaCompensating():
                 self.status = Status.COMPENSATING
             case SagaParked():
-                self._before_park = self.status if self.status is not Status.PARKED else self._before_park
                 self.status = Status.PARKED
             case SagaRetried():
-                self.status = self._before_park
+                self.status = Status.RUNNING  # what follows it says otherwise
             case SagaCompleted():
                 self.status = Status.COMPLETED
             case SagaCompensated():

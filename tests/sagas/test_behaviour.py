@@ -336,6 +336,17 @@ def test_a_state_whose_decision_failed_is_rebuilt_from_its_history(monkeypatch: 
     assert [command.type for command in decision.outgoing] == ["shipping.ship.v1"]
 
 
+def test_a_live_state_catches_up_with_what_somebody_else_stored() -> None:
+    world = paying()
+    stream = StreamId("saga.fulfil-order", world.saga_id)
+    state, behind = world.replier.states[stream][1], len(world.history)
+    behaviour = world.replier.behaviour
+    world.worker().handle(world.reply(Paid()))
+    state = behaviour.fold(state, world.history[behind:])
+    decision = behaviour.decide(state, world.reply(None))
+    assert [event.type for event in decision.events][-1] == "foldbus.saga-completed.v1"
+
+
 def test_living_on_runs_user_code_once_per_event_and_folding_runs_none_of_it() -> None:
     ran: list[str] = []
 
@@ -541,6 +552,19 @@ def test_history_of_a_newer_program_parks_instead_of_being_guessed_at() -> None:
     assert world.types()[-1] == "saga-parked"
     assert "saga-dreamt" in json.loads(world.history[-1].data)["reason"]
     assert stream in world.streams
+
+
+def test_what_an_undo_answers_need_not_be_readable() -> None:
+    @saga("story", version=1)
+    async def undoing(run: SagaRun, placed: OrderPlaced) -> None:
+        await run.step(Release(order_id="o"), undo=Reserve(order_id="o"))
+        raise StepFailed("enough")
+
+    world = World(undoing)
+    world.start(PLACED)
+    world.answer(None)
+    world.replier.handle(replace(world.reply(Reserved()), data=b'{"shelf": 7}'))
+    assert world.types()[-1] == "saga-compensated"
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

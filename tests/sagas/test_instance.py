@@ -642,7 +642,7 @@ def test_a_suspended_saga_that_is_dropped_sends_nothing_from_its_finally(
     async def story(run: SagaRun, placed: OrderPlaced) -> None:
         try:
             await run.step(Note(text="fails"))
-        except StepFailed as failed:  # kept over the drop: it must not keep the instance alive
+        except StepFailed as failed:  # kept over the drop: a cycle, left to the collector
             try:
                 await run.all(branch(run, "a"), branch(run, "b"))
             finally:
