@@ -81,7 +81,8 @@ async def verify(shop: Workshop[Row], *, timeout_s: float = 600.0) -> Verified[R
     """Folds everything from the beginning up to the serving generation's checkpoint, in memory, and compares.
 
     The service may go on running. A fold that depends on the order of several partitions differs from itself. Events
-    that cannot be folded are left out, as they were live. All rows are held in memory twice. Raises TimeoutError when the sources do not give up their history in time.
+    that cannot be folded are left out, as they were live. All rows are held in memory twice. Raises TimeoutError when
+    the sources do not give up their history in time.
     """
     await shop.rows.serving()
     stored = await shop.rows.snapshot()
