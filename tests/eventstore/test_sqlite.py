@@ -129,6 +129,16 @@ async def test_a_commit_of_another_process_wakes_those_who_wait(path: Path, stor
     assert await store.head() == 1
 
 
+async def test_a_commit_of_this_process_wakes_without_any_poll(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eventstore.sqlite.watch._POLL_S", (3600.0, 3600.0))
+    waiting = asyncio.create_task(store.wait_past(0, timeout_s=3600))
+    await asyncio.sleep(0.01)
+    await commit(store, unit("a"))
+    await asyncio.wait_for(waiting, 5)
+
+
 async def test_waking_across_stores_takes_milliseconds(path: Path, store: SqliteStore) -> None:
     async with SqliteStore.open(path, service=SERVICE) as other:
         slowest = 0.0
