@@ -44,7 +44,7 @@ from eventstore.postgres.errors import DRIVER_ERRORS, Trouble, kind, translated
 from eventstore.postgres.leases import PostgresLeases
 from eventstore.postgres.pool import Pool, driver_dsn, make_engine
 from eventstore.postgres.timers import PostgresTimers
-from eventstore.postgres.units import ARGUMENTS, STATES, Call
+from eventstore.postgres.units import ARGUMENTS, LEAN_ARGUMENTS, STATES, Call
 
 log = logging.getLogger("foldbus.eventstore")
 
@@ -82,8 +82,8 @@ class PostgresStore:
         self._wakeups = feed.Wakeups(driver_dsn(dsn), self.schema, metrics)
         self.leases = PostgresLeases(self._row, self.schema, clock, metrics)
         self.timers = PostgresTimers(self._rows, self.schema, clock)
-        arguments = ", ".join(f"${n}" for n in range(1, ARGUMENTS + 1))
-        self._commit_sql = f"select * from {self.schema}.commit_units({arguments})"
+        self._commit_sql = f"select * from {self.schema}.commit_units({_places(ARGUMENTS)})"
+        self._commit_one_sql = f"select * from {self.schema}.commit_one({_places(LEAN_ARGUMENTS)})"
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -175,6 +175,10 @@ class PostgresStore:
             return await self._call(db, call)
 
     async def _call(self, db: Driver, call: Call) -> Sequence[Outcome]:
+        if (lean := call.lean_arguments()) is not None:
+            answer = cast("asyncpg.Record", await db.fetchrow(self._commit_one_sql, *lean, timeout=self._timeout_s))
+            if answer["written"]:
+                return [call.lean_outcome(answer["at"])]
         arguments = call.arguments()
         answer = cast("asyncpg.Record", await db.fetchrow(self._commit_sql, *arguments, timeout=self._timeout_s))
         outcomes = call.outcomes(answer)
@@ -371,6 +375,10 @@ class PostgresStore:
                 log.info("%s lost a race (attempt %d of %d): %s", doing, attempt, _ATTEMPTS, error)
                 await asyncio.sleep(_BACKOFF_S * 2**attempt * self._jitter.random())
         raise StoreUnavailable(f"{doing}: gave up")
+
+
+def _places(count: int) -> str:
+    return ", ".join(f"${n}" for n in range(1, count + 1))
 
 
 class _DataTrouble(EventStoreError):

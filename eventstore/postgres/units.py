@@ -29,12 +29,12 @@ from eventstore.port import (
     Watermark,
 )
 
-ARGUMENTS = 65
-"""How many `commit_units` takes."""
+ARGUMENTS, LEAN_ARGUMENTS = 65, 32
+"""How many `commit_units` and `commit_one` take."""
 STATES = {0: ClaimState.NEW, 1: ClaimState.DONE, 2: ClaimState.DEAD, 3: ClaimState.CANCELLED}
 _STATE_NUMBERS = {state: number for number, state in STATES.items()}
 _FENCES = {Fence.EXPECT_DONE: 1, Fence.CANCEL: 2}
-_COMMITTED, _DUPLICATE, _CONFLICT, _CANCELLED, _REPEATED = 1, 2, 3, 4, 5
+_NO_ROW = (None,) * 7
 
 
 class Call:
@@ -178,6 +178,45 @@ class Call:
             *_columns(self._watermarks, 4),
         ]
 
+    def lean_arguments(self) -> list[Any] | None:
+        """For `commit_one`; None when this call is not as simple as that."""
+        if (
+            len(self.units) != 1
+            or not self._plain
+            or len(self._touches) > 1
+            or len(self._events) > 1
+            or len(self.units[0].outgoing) > 1
+            or self._timers
+            or self._letters
+            or self._watermarks
+        ):
+            return None
+        arguments: list[Any] = []
+        claim = self.units[0].claim
+        if claim is None:
+            arguments += [None] * 5
+        else:
+            state = _STATE_NUMBERS[claim.state]
+            arguments += [claim.consumer, claim.message_id, claim.key, state, has_effect(claim)]
+        if self._touches:
+            _, stream, expected, count = self._touches[0]
+            arguments += [stream.category, stream.id, expected, expected + count]
+        else:
+            arguments += [None] * 4
+        arguments += self._events[0][3:] if self._events else _NO_ROW
+        sent = [row[2:] for row in self._outgoing if not row[1]]
+        answered = [row[2:] for row in self._outgoing if row[1]]
+        arguments += sent[0] if sent else _NO_ROW
+        arguments += answered[0] if answered else _NO_ROW
+        arguments += self._replies[0][1:] if self._replies else (None, None)
+        return arguments
+
+    def lean_outcome(self, at: int) -> Outcome:
+        """What `commit_one` has written; its event is at `at`."""
+        public = at if self._last_public[0] else 0
+        versions = {stream: expected + count for _, stream, expected, count in self._touches if count}
+        return Outcome(Verdict.COMMITTED, at, public, versions)
+
     def outcomes(self, answer: asyncpg.Record) -> list[Outcome]:
         """Those of duplicates still lack the stored reply."""
         positions: Sequence[int | None] = answer["positions"] or ()
@@ -189,7 +228,7 @@ class Call:
                 touches[unit - 1].append(place)
         found: list[Outcome] = []
         for nth in range(len(self.units)):
-            match _COMMITTED if verdicts is None else verdicts[nth]:
+            match 1 if verdicts is None else verdicts[nth]:
                 case 1:
                     versions = {
                         stream: (expected if began is None else began[place]) + count

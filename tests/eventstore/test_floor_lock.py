@@ -62,12 +62,14 @@ def names(records: Any) -> list[str]:
     return [f"{one.stream.id}:{one.version}" for one in records]
 
 
+@pytest.mark.parametrize("others", [0, 1], ids=["alone", "in a batch"])
 async def test_an_event_that_commits_after_a_later_one_is_delivered_and_a_naive_reader_loses_it(
-    store: PostgresStore, database: str
+    store: PostgresStore, database: str, others: int
 ) -> None:
     async with connected(database) as db:
         async with store.transaction() as tx:
-            first = await put(store, "a", tx=tx)
+            units = [Unit(appends=(append("a", version),)) for version in range(1 + others)]
+            first = (await store.commit(units, tx=tx))[0].position
             second = await put(store, "b")
             assert second > first
 
@@ -76,7 +78,7 @@ async def test_an_event_that_commits_after_a_later_one_is_delivered_and_a_naive_
             seen = await naive(db, 0)
             assert seen == [second]
         later = await store.read_all(after=page.upto, limit=10)
-        assert names(later.records) == ["a:1", "b:1"]
+        assert names(later.records) == [*(f"a:{n + 1}" for n in range(1 + others)), "b:1"]
         assert seen + await naive(db, seen[-1]) == [second], "the naive reader must lose the first event"
 
 

@@ -11,8 +11,8 @@ depends_on = None
 
 
 def upgrade() -> None:
-    for name in ("0001_tables.sql", "0001_floor_lock.sql", "0001_read.sql", "0001_commit.sql"):
-        run(name)
+    for name in ("tables", "floor_lock", "read", "commit", "commit_one"):
+        run(f"0001_{name}.sql")
 
 
 def downgrade() -> None:
