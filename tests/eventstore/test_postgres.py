@@ -167,6 +167,20 @@ async def test_of_two_writers_of_a_new_stream_one_waits_and_is_told(store: Postg
     assert (outcome.verdict, outcome.expected, outcome.actual) == (Verdict.CONFLICT, 0, 1)
 
 
+@pytest.mark.parametrize("others", [0, 2])
+async def test_a_version_expected_of_a_stream_that_does_not_exist_makes_no_stream(
+    store: PostgresStore, others: int
+) -> None:
+    """The statement that compares and sets also inserts: what it made by mistake must go again."""
+    id = IDS.new()
+    units = [Unit(claim=claim(key=str(n)), appends=(append(f"s-{n}", 0),)) for n in range(others)]
+    lost = Unit(claim=claim(id), appends=(append("a", 3),))
+    outcome = (await store.commit([*units, lost]))[-1]
+    assert (outcome.verdict, outcome.expected, outcome.actual) == (Verdict.CONFLICT, 3, 0)
+    assert await version(store, "a") == 0
+    assert await commit(store, Unit(claim=claim(id), appends=(append("a", 0),))) == ["ok"]
+
+
 @pytest.mark.parametrize("committed", [True, False])
 async def test_an_undo_waits_for_the_step_that_is_on_its_way(
     store: PostgresStore, database: str, committed: bool
