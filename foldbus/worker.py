@@ -266,7 +266,7 @@ def _bounded_parse(limit: int) -> Callable[[Delivery], Envelope]:
     """Record to envelope; a record over the limit is refused before anything looks into it."""
 
     def parse(delivery: Delivery) -> Envelope:
-        if delivery.size > limit:
+        if delivery.value is not None and len(delivery.value) > limit:
             raise Undecodable(f"a record of {delivery.size} bytes on {delivery.topic}; wanted at most {limit}")
         return from_record(delivery)
 

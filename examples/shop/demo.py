@@ -127,12 +127,15 @@ class _Till:
 
     async def sell(self, purchases: Sequence[Purchase]) -> None:
         with self._progress.task("orders", len(purchases)):
-            async with asyncio.TaskGroup() as group:
-                watch = group.create_task(self._watch(len(purchases)))
-                for purchase in purchases:
-                    await self._room.acquire()
-                    group.create_task(self._place(purchase))
-                await watch
+            try:
+                async with asyncio.TaskGroup() as group:
+                    watch = group.create_task(self._watch(len(purchases)))
+                    for purchase in purchases:
+                        await self._room.acquire()
+                        group.create_task(self._place(purchase))
+                    await watch
+            except* FoldbusError as errors:
+                raise errors.exceptions[0] from None
 
     async def _place(self, purchase: Purchase) -> None:
         """The same id until it is known to be in the topic: a doubt costs a duplicate, never a second order."""

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from foldbus.cli.loading import BusOption, CannotLoad, JsonOption, StoreOption, log_to_stderr
+from foldbus.process import tune
 from foldbus.progress import Progress
 
 
@@ -35,6 +36,7 @@ def demo(
 ) -> None:
     """A shop takes real purchases: commands, events, a saga that undoes itself, a read model, its rebuild."""
     log_to_stderr(quiet=True)
+    tune()
     shop = _shop()
     options: dict[str, Any] = {"purchases": purchases} if purchases else {}
     report = asyncio.run(

@@ -10,6 +10,7 @@ import typer
 
 from bus.seams import KillAt, NoFailpoints
 from foldbus.cli.loading import AppArgument, BusOption, StoreOption, load_service, log_to_stderr, settings
+from foldbus.process import tune
 from foldbus.service import Service
 from foldbus.settings import Settings
 
@@ -26,6 +27,7 @@ def run(
 ) -> None:
     """Runs a service: its handlers, its sagas, its relay and its projections."""
     log_to_stderr(quiet=quiet)
+    tune()
     asyncio.run(_run(load_service(service), settings(store, bus)))
 
 

@@ -1,0 +1,9 @@
+"""For tests of users' own code: sagas against scripted answers, without broker, database or event loop.
+
+Deciders and projections need no kit: call `decide`, `evolve` and the fold.
+"""
+
+from sagas.errors import NotDeterministic
+from sagas.testing import NO_ANSWER, After, Cancelled, Died, NoAnswer, Played, drive
+
+__all__ = ["NO_ANSWER", "After", "Cancelled", "Died", "NoAnswer", "NotDeterministic", "Played", "drive"]
