@@ -63,6 +63,18 @@ class ShiftedClock:
         return time.monotonic()
 
 
+async def locked(path: Path) -> sqlite3.Connection:
+    """A connection that holds the file's write lock; a heartbeat may be at it just now."""
+    conn = connect(path)
+    for _ in range(2_000):
+        try:
+            conn.execute("BEGIN IMMEDIATE")
+            return conn
+        except sqlite3.OperationalError:
+            await asyncio.sleep(0.001)
+    raise AssertionError("the file never came free")
+
+
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
@@ -158,11 +170,19 @@ async def test_partitions_survive_members_that_are_killed_again_and_again(
                 assert holders.setdefault(held, number) == number, "one owner per epoch"
 
 
-async def test_what_another_connection_publishes_wakes_a_waiting_poll_at_once(
-    transport: EmbeddedTransport, path: Path
-) -> None:
-    topic = await new_topic(transport, partitions=2)
-    async with EmbeddedTransport.open(path) as other, transport.tail(topic, start="end") as reader:
+async def test_what_another_connection_publishes_wakes_a_waiting_poll_at_once(path: Path) -> None:
+    # Heartbeats look at the file as well: not in here.
+    settings = PollSettings(session_timeout_s=60, heartbeat_s=30, publish_deadline_s=10)
+    async with (
+        EmbeddedTransport.open(path, settings=settings) as transport,
+        EmbeddedTransport.open(path, settings=settings) as other,
+    ):
+        topic = await new_topic(transport, partitions=2)
+        await wakes_at_once(transport, other, topic)
+
+
+async def wakes_at_once(transport: EmbeddedTransport, other: EmbeddedTransport, topic: str) -> None:
+    async with transport.tail(topic, start="end") as reader:
         took: list[float] = []
         for _ in range(15):
             poll = asyncio.create_task(reader.poll(max_records=10, timeout_s=10))
@@ -238,8 +258,7 @@ async def test_publishes_under_way_at_once_share_a_transaction(
         return real(self, conn, works, durable=durable)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Writer, "_transact", counting)
-    locker = connect(path)
-    locker.execute("BEGIN IMMEDIATE")
+    locker = await locked(path)
     under_way = [asyncio.create_task(put(transport, topic, str(n))) for n in range(50)]
     await asyncio.sleep(0.05)
     assert not any(task.done() for task in under_way), "the lock is held"
@@ -256,8 +275,7 @@ async def test_a_file_locked_beyond_the_deadline_makes_the_outcome_unknown_then_
     metrics = MemoryMetrics()
     async with EmbeddedTransport.open(path, settings=settings, metrics=metrics) as transport:
         topic = await new_topic(transport, partitions=1)
-        locker = connect(path)
-        locker.execute("BEGIN IMMEDIATE")
+        locker = await locked(path)
         (answer,) = await transport.publish([Outgoing(topic, b"k", b"x")])
         assert isinstance(answer, Unknown)
         assert isinstance(answer.error, TransportUnavailable)
@@ -273,8 +291,7 @@ async def test_a_record_that_cannot_be_stored_does_not_fail_those_it_shares_a_tr
     transport: EmbeddedTransport, path: Path
 ) -> None:
     topic = await new_topic(transport, partitions=1)
-    locker = connect(path)
-    locker.execute("BEGIN IMMEDIATE")
+    locker = await locked(path)
     bad = asyncio.create_task(transport.publish([Outgoing(topic, b"k", [1])]))  # type: ignore[arg-type]
     good = asyncio.create_task(put(transport, topic, "x"))
     await asyncio.sleep(0.05)
@@ -331,8 +348,7 @@ async def test_a_lease_that_ran_out_fences_also_when_nobody_took_over(transport:
     async with member(transport, "group", topic) as a:
         await eventually(lambda: len(a.listener.held) == 1, what="the partition")
         old = a.part(0)
-        writer = connect(path)
-        writer.execute("BEGIN IMMEDIATE")  # no heartbeat gets through meanwhile
+        writer = await locked(path)  # no heartbeat gets through meanwhile
         committing = asyncio.create_task(a.consumer.commit({old: 0}))
         await asyncio.sleep(QUICK.session_timeout_s * 1.2)
         writer.execute("ROLLBACK")
@@ -370,6 +386,32 @@ async def test_a_member_that_does_not_let_go_in_time_loses_what_it_was_asked_for
                 await eventually(lambda: len(fenced) == 1, what="a commit that came too late")
                 a.listener.drain = None
                 await eventually(lambda: all_partitions([a, b]) == [0, 1], what="one each")
+
+
+async def test_a_partition_taken_away_and_not_yet_taken_over_is_fenced_too(path: Path) -> None:
+    """By hand, on the connection: the first member is alive and beats, but did not let go; nobody has it yet."""
+    async with EmbeddedTransport.open(path, settings=QUICK) as transport:
+        topic = await new_topic(transport, partitions=2)
+    conn = connect(path)
+    known = log.find_topic(conn, topic)
+    assert known is not None
+    a = groups.join(conn, "group", [known.id], now=100.0, settings=QUICK)
+    taken = {one.lane: one.epoch for one in groups.take(conn, a, known.lanes)}
+    b = groups.join(conn, "group", [known.id], now=100.1, settings=QUICK)
+    meant = [share.lane for share in groups.shares(conn, b) or () if share.meant]
+    assert len(meant) == 1
+    assert groups.take(conn, b, meant) == [], "not before the owner let go"
+    groups.commit(conn, a, {lane: (epoch, 1) for lane, epoch in taken.items()}, now=100.5)
+    for now in (100.9, 101.2):
+        taken_away = groups.beat(conn, [a.member_id, b.member_id], now=now)
+    assert taken_away == (0, 1)
+    with pytest.raises(Fenced):
+        groups.commit(conn, a, {meant[0]: (taken[meant[0]], 2)}, now=101.2)
+    assert groups.committed(conn, "group") == dict.fromkeys(taken, 1)
+    ((lane, epoch, committed),) = [(t.lane, t.epoch, t.committed) for t in groups.take(conn, b, meant)]
+    assert (lane, committed) == (meant[0], 1)
+    assert epoch > taken[lane]
+    conn.close()
 
 
 async def test_when_a_listener_raises_the_partitions_are_assigned_again_at_a_higher_epoch(
@@ -449,6 +491,11 @@ def test_a_plan_is_even_complete_stable_and_moves_little(
             assert not shares or max(shares.values()) - min(shares.values()) <= 1
         assert groups.plan(by_topic, subscriptions, planned) == planned, "planning again moves nothing"
     assert not set(second.values()) & gone
+    for of_it in by_topic.values():
+        for number in staying:
+            had = [lane for lane in of_it if first.get(lane) == number]
+            has = [lane for lane in of_it if second.get(lane) == number]
+            assert len(set(had) & set(has)) == min(len(had), len(has)), "nothing leaves a member to make room"
 
 
 def test_topics_of_one_partition_are_spread_over_the_members() -> None:
@@ -469,6 +516,11 @@ async def test_a_long_backlog_in_one_partition_does_not_starve_the_others(transp
         first = Counter(r.partition for r in await reader.poll(max_records=100, timeout_s=1))
         assert first == {0: 94, 1: 2, 2: 2, 3: 2}
         for partition in (1, 2, 3):
+            await put(transport, topic, *map(str, range(10)), partition=partition)
+        await put(transport, topic, *map(str, range(5_000)), partition=1)
+        second = Counter(r.partition for r in await reader.poll(max_records=100, timeout_s=1))
+        assert second == {0: 40, 1: 40, 2: 10, 3: 10}, "who has little gives it all, the others share the rest"
+        for partition in (2, 3):
             await put(transport, topic, *map(str, range(10)), partition=partition)
         seen: set[int] = set()
         for _ in range(4):
