@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import uuid5
@@ -36,6 +36,10 @@ class RelaySettings:
     wait_s: float = 1.0
     lease_ttl_s: float = 10.0
     retry_max_s: float = 5.0
+    missing_retry_s: float = 1.0
+    """How often a topic that does not exist is tried again."""
+    waiting_max: int = 10_000
+    """So many records may wait for missing topics; then the relay stands still until one of them appears."""
     prune_every: int = 20_000
     """Published outgoing rows are deleted after so many positions, or when the log is idle."""
 
@@ -51,14 +55,12 @@ class Relay:
         failpoint: Failpoint,
         settings: RelaySettings | None = None,
         rng: random.Random | None = None,
-        published: Callable[[Position], None] | None = None,
     ) -> None:
         self._store, self._transport = store, transport
         self._clock, self._metrics, self._failpoint = clock, metrics, failpoint
         self._settings = settings or RelaySettings()
         self._rng = rng or random.Random()
         self._pruned: Position = 0
-        self._published = published
 
     async def run(self) -> None:
         """Until cancelled: lead, publish, be followed. Faults of the store or the broker are waited out."""
@@ -77,43 +79,66 @@ class Relay:
                 await self._pause(failures)
 
     async def _lead(self, leadership: Leadership) -> None:
+        """`read` is how far the log was read, `marked` how far it is published for certain: up to the first record that
+        waits for a topic. A successor begins at `marked` and publishes what came after it once more."""
         lease = leadership.lease
-        done = lease.position
+        read = marked = lease.position
+        waiting = _Waiting()
         while not leadership.lost:
-            page = await self._store.read_all(after=done, limit=self._settings.batch_max, outgoing=True)
-            if page.upto == done:
-                await self._prune(done, idle=True)
-                await self._store.wait_past(done, timeout_s=self._settings.wait_s)
+            if waiting and await self._retry(waiting, leadership):
+                marked = await self._mark(lease, marked, waiting.marks_up_to(read))
+            if len(waiting) >= self._settings.waiting_max:  # nothing may pile up without a bound
+                await self._pause(10)
                 continue
-            due = [record for record in page.records if record.topic is not None]
+            page = await self._store.read_all(after=read, limit=self._settings.batch_max, outgoing=True)
+            if page.upto == read:
+                await self._prune(marked, idle=True)
+                await self._store.wait_past(read, timeout_s=self._settings.wait_s)
+                continue
+            due = waiting.behind([record for record in page.records if record.topic is not None])
             if due:
                 self._failpoint.hit("before-publish")
-                await self._publish(due, leadership)
+                waiting.add(await self._publish(due, leadership))
                 self._failpoint.hit("after-publish")
-            await self._mark(lease, done, page.upto)
-            done = page.upto
+            read = page.upto
+            marked = await self._mark(lease, marked, waiting.marks_up_to(read))
             self._metrics.count("foldbus_relayed_total", len(due))
-            self._metrics.gauge("foldbus_relay_lag", page.head - done)
-            if self._published is not None:
-                self._published(done)
-            await self._prune(done, idle=False)
+            self._metrics.gauge("foldbus_relay_lag", page.head - marked)
+            await self._prune(marked, idle=False)
 
-    async def _mark(self, lease: Lease, old: Position, new: Position) -> None:
-        self._failpoint.hit("before-mark")
-        await self._store.leases.mark(lease, old=old, new=new)
-        self._failpoint.hit("after-mark")
+    async def _mark(self, lease: Lease, old: Position, new: Position) -> Position:
+        if new > old:
+            self._failpoint.hit("before-mark")
+            await self._store.leases.mark(lease, old=old, new=new)
+            self._failpoint.hit("after-mark")
+        return max(old, new)
 
-    async def _publish(self, envelopes: Sequence[Envelope], leadership: Leadership) -> None:
-        """All of them, in order per partition: from the first that is not acknowledged on, a partition's records are
-        sent again. A record that the broker refuses for good becomes a dead letter, so that nobody waits for it."""
+    async def _retry(self, waiting: _Waiting, leadership: Leadership) -> bool:
+        """Publishes to topics that were missing, if it is time to look again. True when something went out."""
+        now = self._clock.monotonic()
+        if now < waiting.next_try:
+            return False
+        waiting.next_try = now + self._settings.missing_retry_s
+        before = len(waiting)
+        for topic in list(waiting.topics):
+            records = waiting.topics.pop(topic)
+            waiting.add(await self._publish(records, leadership))
+        return len(waiting) < before
+
+    async def _publish(self, envelopes: Sequence[Envelope], leadership: Leadership) -> Sequence[Envelope]:
+        """In order per partition: from the first that is not acknowledged on, a partition's records are sent again. A
+        record that the broker refuses for good becomes a dead letter, so that nobody waits for it. Answers those whose
+        topic does not exist (yet)."""
         due = list(envelopes)
+        missing: list[Envelope] = []
         attempts, first_failed = 0, self._clock.now()
         while due:
             if leadership.lost:
                 raise Fenced("the relay's lease ran out while publishing")
             results = await self._transport.publish([to_record(envelope) for envelope in due])
             attempts += 1
-            due, refused = _still_due(due, results)
+            due, refused, absent = _sorted_out(due, results)
+            missing += absent
             for envelope, error in refused:
                 await self._dead_letter(envelope, error, attempts, first_failed)
             if due and not refused:
@@ -121,6 +146,7 @@ class Relay:
                 self._metrics.count("foldbus_retries_total", len(due), who="relay")
                 log.warning("relay: %d of %d records not acknowledged, again: %s", len(due), len(results), why)
                 await self._pause(attempts)
+        return missing
 
     async def _dead_letter(self, envelope: Envelope, error: Exception, attempts: int, since: datetime) -> None:
         record: Outgoing = to_record(envelope)
@@ -150,23 +176,56 @@ class Relay:
         await asyncio.sleep(bound * (0.5 + self._rng.random() / 2))
 
 
-def _still_due(
+class _Waiting:
+    """Records whose topic does not exist yet, by topic, in order. Others' records pass them by."""
+
+    def __init__(self) -> None:
+        self.topics: dict[str, list[Envelope]] = {}
+        self.next_try = 0.0
+
+    def __len__(self) -> int:
+        return sum(map(len, self.topics.values()))
+
+    def add(self, records: Sequence[Envelope]) -> None:
+        for record in records:
+            assert record.topic is not None
+            if record.topic not in self.topics:
+                log.warning("relay: topic %s does not exist, its records wait, others go on", record.topic)
+            self.topics.setdefault(record.topic, []).append(record)
+
+    def behind(self, records: Sequence[Envelope]) -> list[Envelope]:
+        """Keeps those whose topic is waited for, behind what waits already; answers the others."""
+        if not self.topics:
+            return list(records)
+        self.add([record for record in records if record.topic in self.topics])
+        return [record for record in records if record.topic not in self.topics]
+
+    def marks_up_to(self, read: Position) -> Position:
+        """Everything at or below is published: just below the first record that waits."""
+        firsts = [records[0].position for records in self.topics.values() if records]
+        return min((first - 1 for first in firsts if first is not None), default=read)
+
+
+def _sorted_out(
     sent: Sequence[Envelope], results: Sequence[Published]
-) -> tuple[list[Envelope], list[tuple[Envelope, Exception]]]:
-    """What must be sent again (in order), and what was refused for good.
+) -> tuple[list[Envelope], list[tuple[Envelope, Exception]], list[Envelope]]:
+    """What must be sent again (in order), what was refused for good, and what has no topic.
 
     The transport acknowledges nothing of a partition after a record that is certainly not there, and a record behind
     an `Unknown` only if that one was written too: sending it again makes a second copy, never an inversion of first
-    deliveries. MissingTopics is not for good: the topic may be created any moment.
+    deliveries.
     """
     due: list[Envelope] = []
     refused: list[tuple[Envelope, Exception]] = []
+    absent: list[Envelope] = []
     for envelope, result in zip(sent, results, strict=True):
         match result:
             case Ack():
                 pass
-            case Failed(error=error) if not isinstance(error, MissingTopics):
+            case Failed(error=MissingTopics()):
+                absent.append(envelope)
+            case Failed(error=error):
                 refused.append((envelope, error))
             case _:
                 due.append(envelope)
-    return due, refused
+    return due, refused, absent
