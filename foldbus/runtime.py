@@ -24,6 +24,7 @@ from bus.transport import Delivery
 from eventstore.behaviour import Behaviour, Decision
 from eventstore.port import (
     Append,
+    CancelTimer,
     Claim,
     ClaimState,
     DeadLetter,
@@ -326,6 +327,8 @@ class UnitProcessor:
         unit = Unit(
             claim=Claim(self.consumer, envelope.id, envelope.key, reply=reply, state=ClaimState.DEAD),
             outgoing=(copy,),
+            # A timer that came from no topic must go, or it is due again at the end of every lease.
+            timers=() if delivery else (CancelTimer(self.consumer, envelope.id),),
             dead_letter=letter,
         )
         (outcome,) = await self._store.commit([unit])
