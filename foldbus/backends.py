@@ -11,7 +11,7 @@ it is opened: a process does not pay for the drivers of the others.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +73,22 @@ async def migrate_store(url: str, service: str) -> None:
         await PostgresStore.migrate(parsed.text, service=service)
 
 
+async def raise_epoch(url: str, service: str) -> int:
+    """Once after one service's store came back from a backup: its log begins a new epoch. Answers it."""
+    parsed = StoreUrl.parse(url)
+    if parsed.embedded:
+        from eventstore.sqlite import SqliteStore
+
+        return await SqliteStore.restored(parsed.file(service), service=service)
+    from eventstore.postgres import PostgresStore
+
+    return await PostgresStore.raise_epoch(parsed.text, service=service)
+
+
 @asynccontextmanager
 async def open_store(
     url: str, service: str, *, clock: Clock, ids: Ids, metrics: Metrics, migrate: bool | None = None
-) -> AsyncIterator[Store]:
+) -> AsyncGenerator[Store]:
     """`migrate` None: an embedded store is upgraded as it is opened, a PostgreSQL one refuses an old schema."""
     parsed = StoreUrl.parse(url)
     if migrate or (migrate is None and parsed.embedded):
@@ -96,7 +108,7 @@ async def open_store(
 @asynccontextmanager
 async def open_transport(
     url: str, *, clock: Clock, metrics: Metrics, settings: PollSettings | None = None, client_id: str = "foldbus"
-) -> AsyncIterator[Transport]:
+) -> AsyncGenerator[Transport]:
     """Opens the transport that `url` names; `settings` None takes what fits it."""
     scheme, _, rest = url.partition(":")
     if scheme == "embedded":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -130,18 +130,36 @@ class Connection:
 
     @overload
     async def request(
-        self, command: Command[R], *, timeout_s: float = ..., id: UUID | None = ..., receipt: Literal[False] = ...
+        self,
+        command: Command[R],
+        *,
+        timeout_s: float = ...,
+        id: UUID | None = ...,
+        receipt: Literal[False] = ...,
+        topic: str | None = ...,
     ) -> R: ...
 
     @overload
     async def request(
-        self, command: Command[R], *, timeout_s: float = ..., id: UUID | None = ..., receipt: Literal[True]
+        self,
+        command: Command[R],
+        *,
+        timeout_s: float = ...,
+        id: UUID | None = ...,
+        receipt: Literal[True],
+        topic: str | None = ...,
     ) -> Receipt[R]: ...
 
     async def request(
-        self, command: Command[R], *, timeout_s: float = 5.0, id: UUID | None = None, receipt: bool = False
+        self,
+        command: Command[R],
+        *,
+        timeout_s: float = 5.0,
+        id: UUID | None = None,
+        receipt: bool = False,
+        topic: str | None = None,
     ) -> R | Receipt[R]:
-        """Sends, and waits for the typed answer.
+        """Sends, and waits for the typed answer. `topic` None is where the service that owns the command listens.
 
         Raises the `Refused` that the service answered; Died or Cancelled when it was certainly not done; OutcomeUnknown
         when no answer came in `timeout_s`: call again with `id=error.id`, which has no second effect and brings the
@@ -151,9 +169,8 @@ class Connection:
         message_id = id or self.ids.new()
         to = ReplyTo(self.inbox.topic, self.inbox.instance, self.inbox.instance)
         deadline = self.clock.now() + timedelta(seconds=timeout_s)
-        envelope = self.envelope(
-            command, topic=f"{service_of(type(command))}.commands", id=message_id, reply_to=to, deadline=deadline
-        )
+        where = topic or f"{service_of(type(command))}.commands"
+        envelope = self.envelope(command, topic=where, id=message_id, reply_to=to, deadline=deadline)
         answer = self.inbox.expect(message_id)
         try:
             async with asyncio.timeout(timeout_s):
@@ -194,7 +211,7 @@ class Connection:
         return Status(standing.state, standing.reply)
 
     @asynccontextmanager
-    async def unit(self, *, tx: Tx | None = None) -> AsyncIterator[StagedUnit]:
+    async def unit(self, *, tx: Tx | None = None) -> AsyncGenerator[StagedUnit]:
         """Stages messages and commits them together; with `tx`, in that transaction of the store's database."""
         staged = StagedUnit(self)
         yield staged
@@ -264,7 +281,7 @@ async def connect(
     metrics: Metrics | None = None,
     failpoint: Failpoint | None = None,
     **options: Any,
-) -> AsyncIterator[Connection]:
+) -> AsyncGenerator[Connection]:
     """See `Service.connect`."""
     from foldbus.worker import Worker
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -28,7 +28,7 @@ class Progress:
         self._extra: dict[str, float | int | str] = {}
 
     @contextmanager
-    def task(self, title: str, total: int) -> Iterator[Progress]:
+    def task(self, title: str, total: int) -> Generator[Progress]:
         """Shows `title` with `total` steps while the context lasts."""
         self._title, self._total, self._done, self._extra = title, total, 0, {}
         self._started, self._last = time.monotonic(), 0.0

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from eventstore.decider import DeciderBehaviour
 from eventstore.errors import StoreUnavailable
 from foldbus.relay import Relay, RelaySettings
 from foldbus.runtime import UnitProcessor
-from foldbus.views import projection_runner
+from foldbus.views import all_projections, projection_runner
 from sagas import CANCEL_TYPE, RETRY_TYPE, TIMEOUT_TYPE, SagaBehaviour, SagaDefinition, saga_group
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Worker:
             failpoint=self.connection.failpoint,
             settings=self.settings.relay,
         )
-        self.runners = [projection_runner(self.connection, one) for one in service.projections]
+        self.runners = [projection_runner(self.connection, one) for one in all_projections(service)]
 
     def _topic(self, event: type[Event]) -> str:
         return self.connection.service.topic_of(event)
@@ -195,7 +195,7 @@ class Worker:
         return engine
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self) -> AsyncGenerator[None]:
         """While the context lasts the service is handled here. A part that fails for good ends all of them: the error
         comes out of the context (and of `ended`)."""
         parts = [

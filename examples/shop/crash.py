@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Protocol
@@ -43,7 +43,7 @@ class SteadyWorkers:
         self._connections: list[Connection] = []
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self) -> AsyncGenerator[None]:
         async with AsyncExitStack() as stack:
             for service in self._services:
                 connection = await stack.enter_async_context(
@@ -86,7 +86,7 @@ class Crashes:
         self.kills = 0
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self) -> AsyncGenerator[None]:
         keepers = [asyncio.create_task(self._keep(name)) for name in self._names]
         killer = asyncio.create_task(self._kill())
         try:

@@ -56,12 +56,12 @@ class Report:
     expected: Figures
     bad_rows: list[BadRow]
     seconds: float
-    differing: list[str] = field(default_factory=list)
-    differing_rebuilt: list[str] = field(default_factory=list)
-    undone: list[str] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list[str])
+    differing_rebuilt: list[str] = field(default_factory=list[str])
+    undone: list[str] = field(default_factory=list[str])
     kills: int = 0
     seed: int | None = None
-    counters: dict[str, int] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=dict[str, int])
 
     @property
     def ok(self) -> bool:

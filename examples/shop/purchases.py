@@ -41,7 +41,7 @@ def read_purchases(path: Path, *, limit: int | None = None) -> Iterator[Purchase
     try:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             rows = csv.reader(file)
-            header = next(rows, [])
+            header = next(rows, list[str]())
             if tuple(header) != COLUMNS:
                 raise BadFile(f"{path}: the header is {','.join(header)[:100]!r}, wanted {','.join(COLUMNS)!r}")
             seen: set[str] = set()
@@ -92,7 +92,7 @@ class Figures:
 class CustomerFigures:
     placed: int = 0
     completed: int = 0
-    cancelled: Counter[str] = field(default_factory=Counter)
+    cancelled: Counter[str] = field(default_factory=Counter[str])
     cds: int = 0
     cents: int = 0
 
