@@ -7,7 +7,7 @@ It composes values that know nothing of each other (deciders, sagas, projections
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from bus.topics import service_topics
 from bus.transport import TopicSpec
 from eventstore.decider import Decider
 from projections import Projection
-from sagas import SagaDefinition
+from sagas import SagaDefinition, saga_group
 
 if TYPE_CHECKING:
     from foldbus.connection import Connection
@@ -80,6 +80,19 @@ class Service:
         return event.foreign_topic or f"{service_of(event)}.events"
 
     @property
+    def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """The consumer groups of this service's workers, and the topics that each reads."""
+        found: dict[str, tuple[str, ...]] = {}
+        if self.deciders:
+            found[self.name] = (f"{self.name}.commands",)
+        for name in dict.fromkeys(one.name for one in self.sagas):
+            topics = {self.topic_of(one.start) for one in self.sagas if one.name == name}
+            found[saga_group(self.name, name)] = tuple(sorted(topics))
+        if self.sagas:
+            found[f"{self.name}.replies"] = (f"{self.name}.replies",)
+        return found
+
+    @property
     def foreign_topics(self) -> tuple[str, ...]:
         """Topics of others that this service reads."""
         read = [definition.start for definition in self.sagas]
@@ -132,6 +145,9 @@ class Service:
         _unique("command", [str(c.type_name) for d in self.deciders for c in d.commands], self.name)
         _unique("saga version", [f"{one.name} v{one.version}" for one in self.sagas], self.name)
         _unique("projection", [one.name for one in self.projections], self.name)
+        for one in self.projections:
+            if one.name.startswith("foldbus-"):
+                raise BadService(f"projection {one.name!r}: names that start with foldbus- are the framework's own")
 
 
 def _unique(what: str, names: Sequence[str], service: str) -> None:

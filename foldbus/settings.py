@@ -18,10 +18,10 @@ class Settings(BaseSettings):
     """`FOLDBUS_STORE`: `sqlite:DIRECTORY` or `postgresql://user@host/database`."""
     bus: str = "embedded:.foldbus"
     """`FOLDBUS_BUS`: `embedded:DIRECTORY` or `kafka://host:port,host:port`."""
-    topics: str = Field("validate", pattern="^(apply|validate)$")
+    topics: str = Field(default="validate", pattern="^(apply|validate)$")
     """`FOLDBUS_TOPICS`: `apply` makes missing topics at start; `validate` refuses to start without them. Embedded
     topics are always made."""
-    session_timeout_s: float | None = Field(None, gt=0)
+    session_timeout_s: float | None = Field(default=None, gt=0)
     """`FOLDBUS_SESSION_TIMEOUT_S`: after how long without a sign of life a worker's partitions go to another one."""
     failpoint: str | None = None
     """`FOLDBUS_FAILPOINT`: `name:n` kills the process at the n-th hit. For crash tests."""

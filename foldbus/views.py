@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import TYPE_CHECKING, Generic, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
+from foldbus.saga_list import saga_codec, saga_list
 from projections import (
     Generation,
     Progress,
@@ -25,6 +26,7 @@ from projections import swap_back as swap_back_generation
 
 if TYPE_CHECKING:
     from foldbus.connection import Connection
+    from foldbus.service import Service
 
 Row = TypeVar("Row", bound=BaseModel)
 
@@ -47,12 +49,17 @@ def workshop(
             clock=connection.clock,
             metrics=connection.metrics,
         ),
-        codec=service.codec,
+        codec=saga_codec if projection.name == saga_list.name else service.codec,
         clock=connection.clock,
         metrics=connection.metrics,
         failpoint=connection.failpoint,
         settings=settings or ProjectionSettings(),
     )
+
+
+def all_projections(service: Service) -> Sequence[Projection[Any]]:
+    """What a worker of this service runs: the service's own projections and, with sagas, the built-in list of them."""
+    return (*service.projections, saga_list) if service.sagas else service.projections
 
 
 def projection_runner(

@@ -1,29 +1,25 @@
 """The command `foldbus`. Data goes to standard output, everything else to standard error.
 
-Exit codes: 0 done, 1 the command found that something is wrong, 2 wrong usage or surroundings.
+Exit codes: 0 done, 1 the command found that something is wrong or was interrupted, 2 wrong usage or surroundings.
 """
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
-from bus.errors import FoldbusError
-from foldbus.cli import demo, run
+from foldbus.cli import db, demo, describe, dlq, lag, projection, replay, run, saga, topics
+from foldbus.cli.running import Commands
 
-app = typer.Typer(name="foldbus", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-run.add_to(app)
-demo.add_to(app)
+app = typer.Typer(
+    name="foldbus", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+for _part in (run, demo, describe, lag, saga, projection, replay, dlq, topics, db):
+    _part.add_to(app)
 
 
 def main() -> None:
-    """Entry point: errors of ours are one line, not a stack."""
-    try:
-        app()
-    except FoldbusError as error:
-        print(f"foldbus: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    """Entry point."""
+    app()
 
 
 __all__ = ["app", "main"]

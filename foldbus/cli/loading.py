@@ -10,19 +10,29 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
+from bus.codec import explain
 from bus.errors import FoldbusError
 from foldbus.service import Service
 from foldbus.settings import Settings
 
 AppArgument = Annotated[str, typer.Argument(metavar="MODULE:NAME", help="The service, as shop.orders:app")]
+AppsArgument = Annotated[list[str], typer.Argument(metavar="MODULE:NAME...", help="One service, or several")]
 StoreOption = Annotated[str | None, typer.Option("--store", help="sqlite:DIRECTORY or postgresql://… (FOLDBUS_STORE)")]
 BusOption = Annotated[str | None, typer.Option("--bus", help="embedded:DIRECTORY or kafka://… (FOLDBUS_BUS)")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of a table")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask")]
+
+_FOR_TESTS = "FOLDBUS_TEST_"
 
 
 class CannotLoad(FoldbusError):
     """`module:name` is no service."""
+
+
+class BadSettings(FoldbusError):
+    """A FOLDBUS_ variable has a value that it cannot have."""
 
 
 def load_service(path: str) -> Service:
@@ -43,8 +53,18 @@ def load_service(path: str) -> Service:
 
 
 def settings(store: str | None = None, bus: str | None = None) -> Settings:
-    """The environment's settings, with what the command line says over them."""
-    read = Settings()
+    """The environment's settings, with what the command line says over them. Raises BadSettings; a variable of ours
+    that nothing reads is named on standard error: it is most likely misspelt."""
+    known = {f"FOLDBUS_{name.upper()}" for name in Settings.model_fields}
+    for name in sorted(os.environ):
+        if name.upper().startswith("FOLDBUS_") and name.upper() not in known and not name.startswith(_FOR_TESTS):
+            print(
+                f"foldbus: {name} is set, but nothing reads it; known are {', '.join(sorted(known))}", file=sys.stderr
+            )
+    try:
+        read = Settings()
+    except ValidationError as error:
+        raise BadSettings(f"FOLDBUS_ settings: {explain(error)}") from error
     return read.model_copy(update={name: value for name, value in (("store", store), ("bus", bus)) if value})
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
+import sys
 from typing import Annotated
 
 import typer
 
 from bus.seams import KillAt, NoFailpoints
-from foldbus.cli.loading import AppArgument, BusOption, StoreOption, load_service, log_to_stderr, settings
+from foldbus.cli.loading import AppArgument, BadSettings, BusOption, StoreOption, load_service, log_to_stderr, settings
+from foldbus.cli.running import WRONG
 from foldbus.process import tune
 from foldbus.service import Service
 from foldbus.settings import Settings
+
+log = logging.getLogger("foldbus.cli")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -25,25 +30,69 @@ def run(
     bus: BusOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and worse")] = False,
 ) -> None:
-    """Runs a service: its handlers, its sagas, its relay and its projections."""
+    """Runs a service: its handlers, its sagas, its relay and its projections, until SIGTERM or SIGINT. Then it finishes
+    what it has in hand and exits 0; a second signal cuts that short. Exits 1 when a part failed for good."""
     log_to_stderr(quiet=quiet)
     tune()
-    asyncio.run(_run(load_service(service), settings(store, bus)))
+    failure = asyncio.run(_run(load_service(service), settings(store, bus)))
+    if failure is not None:
+        print(f"foldbus: a part of the worker failed for good: {type(failure).__name__}: {failure}", file=sys.stderr)
+        raise SystemExit(WRONG)
 
 
-async def _run(service: Service, chosen: Settings) -> None:
+async def _run(service: Service, chosen: Settings) -> BaseException | None:
+    """What made a part fail for good; None when it was asked to stop."""
     stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    ready, asked = False, False
+
+    def stop() -> None:
+        nonlocal asked
+        if ready and not asked:
+            stopping.set()
+        else:  # nothing is in hand yet, or it takes too long
+            task.cancel()
+        asked = True
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    async with service.connect(
-        store=chosen.store,
-        bus=chosen.bus,
-        worker=True,
-        apply_topics=True if chosen.topics == "apply" else None,
-        failpoint=KillAt(chosen.failpoint) if chosen.failpoint else NoFailpoints(),
-        poll=chosen.poll(),
-    ) as connection:
-        assert connection.worker is not None
-        connection.worker.ended.add_done_callback(lambda _: stopping.set())
-        await stopping.wait()
+        loop.add_signal_handler(number, stop)
+    failed: BaseException | None = None
+    try:
+        async with service.connect(
+            store=chosen.store,
+            bus=chosen.bus,
+            worker=True,
+            apply_topics=True if chosen.topics == "apply" else None,
+            failpoint=_failpoint(chosen),
+            poll=chosen.poll(),
+        ) as connection:
+            worker = connection.worker
+            assert worker is not None
+            worker.ended.add_done_callback(lambda _: stopping.set())
+            ready = True
+            log.info("ready: %s reads %s", service.name, ", ".join(sorted(_topics(service))) or "its own log")
+            await stopping.wait()
+            if worker.ended.done():
+                failed = worker.ended.exception()
+            else:
+                log.info("stopping %s", service.name)
+    except asyncio.CancelledError:
+        if not asked:
+            raise
+        log.warning("stopped %s without waiting for what was in hand", service.name)
+    except Exception as error:
+        if failed is None or error is not failed:
+            raise
+    return failed
+
+
+def _topics(service: Service) -> set[str]:
+    return {topic for topics in service.groups.values() for topic in topics} | set(service.foreign_topics)
+
+
+def _failpoint(chosen: Settings) -> KillAt | NoFailpoints:
+    try:
+        return KillAt(chosen.failpoint) if chosen.failpoint else NoFailpoints()
+    except ValueError as error:
+        raise BadSettings(f"FOLDBUS_FAILPOINT: {error}") from error

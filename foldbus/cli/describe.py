@@ -1,0 +1,104 @@
+"""`foldbus describe`: what a service is made of, from its table alone; no database, no broker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from foldbus.cli.loading import AppArgument, JsonOption, load_service
+from foldbus.cli.showing import print_columns, print_json
+from foldbus.service import Service
+from foldbus.views import all_projections
+from sagas import saga_group
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("describe")(describe)
+
+
+def describe(service: AppArgument, as_json: JsonOption = False) -> None:
+    """Topics, groups, deciders, sagas and projections of a service. Works without database and broker; the JSON is
+    made to be kept and compared."""
+    found = document(load_service(service))
+    if as_json:
+        print_json(found)
+    else:
+        _show(found)
+
+
+def document(service: Service) -> dict[str, Any]:
+    """The service as JSON, in a stable order."""
+    return {
+        "service": service.name,
+        "topics": [
+            {
+                "name": spec.name, "partitions": spec.partitions, "retention_s": spec.retention_s,
+                "max_bytes": spec.max_bytes,
+            }
+            for spec in service.topics
+        ],
+        "foreign_topics": list(service.foreign_topics),
+        "groups": [{"name": name, "topics": list(topics)} for name, topics in service.groups.items()],
+        "deciders": [
+            {
+                "category": one.category,
+                "commands": [
+                    {"type": str(command.type_name), "key": command.key_field, "reply": _name(command.reply_type())}
+                    for command in one.commands
+                ],
+                "events": [
+                    {"type": str(event.type_name), "key": event.key_field, "public": event.public}
+                    for event in one.events
+                ],
+            }
+            for one in service.deciders
+        ],
+        "sagas": [
+            {
+                "name": one.name, "version": one.version, "starts_on": str(one.start.type_name),
+                "group": saga_group(service.name, one.name),
+            }
+            for one in service.sagas
+        ],
+        "projections": [
+            {
+                "name": one.name,
+                "version": one.version,
+                "view": one.view,
+                "columns": list(one.row.model_fields),
+                "sources": {
+                    source: sorted(str(event.type_name) for event in events)
+                    for source, events in sorted(one.sources(service.name).items())
+                },
+            }
+            for one in all_projections(service)
+        ],
+    }  # fmt: skip
+
+
+def _name(reply: Any) -> str | None:
+    if reply is None:
+        return None
+    return str(reply.type_name) if hasattr(reply, "type_name") else str(getattr(reply, "__name__", reply))
+
+
+def _show(found: dict[str, Any]) -> None:
+    print(f"service {found['service']}\n")
+    print_columns(("topic", "partitions", "retention_s", "max_bytes"), [tuple(one.values()) for one in found["topics"]])
+    print()
+    print_columns(("group", "reads"), [(one["name"], one["topics"]) for one in found["groups"]])
+    for decider in found["deciders"]:
+        print(f"\ndecider {decider['category']}")
+        for command in decider["commands"]:
+            print(f"  takes {command['type']}, answers {command['reply'] or 'nothing'}")
+        for event in decider["events"]:
+            print(f"  {'publishes' if event['public'] else 'keeps'} {event['type']}")
+    for saga in found["sagas"]:
+        print(f"\nsaga {saga['name']} v{saga['version']}\n  starts on {saga['starts_on']}")
+    for one in found["projections"]:
+        print(f"\nprojection {one['name']} v{one['version']}, view {one['view']} ({', '.join(one['columns'])})")
+        for source, types in one["sources"].items():
+            print(f"  reads {'the own log' if source == 'log' else source}: {', '.join(types)}")
+    if found["foreign_topics"]:
+        print(f"\nneeds from others: {', '.join(found['foreign_topics'])}")

@@ -1,0 +1,71 @@
+"""`foldbus lag`: how far a service is behind, and how much it gave up."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from foldbus.cli.loading import AppArgument, BusOption, JsonOption, StoreOption, load_service, settings
+from foldbus.cli.running import attached, finish
+from foldbus.cli.showing import print_columns, print_json, say
+from foldbus.lag import Lag, measure
+from foldbus.service import Service
+from foldbus.settings import Settings
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("lag")(lag)
+
+
+def lag(
+    service: AppArgument,
+    store: StoreOption = None,
+    bus: BusOption = None,
+    everything: Annotated[bool, typer.Option("--all", help="Also partitions that are not behind")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Consumer groups, relay, read models, timers and dead letters of a service, whether or not a worker runs."""
+    found = finish(_measure(load_service(service), settings(store, bus)))
+    if as_json:
+        print_json(asdict(found))
+    else:
+        _show(found, everything)
+
+
+async def _measure(service: Service, chosen: Settings) -> Lag:
+    async with attached(service, chosen) as connection:
+        return await measure(connection)
+
+
+def _show(found: Lag, everything: bool) -> None:
+    for topic in found.missing_topics:
+        say(f"foldbus: topic {topic} does not exist")
+    print_columns(
+        ("group", "topic", "partition", "committed", "end", "behind"),
+        [
+            (one.group, one.topic, one.partition, one.committed, one.end, one.behind)
+            for one in found.groups
+            if everything or one.behind
+        ],
+    )
+    relay, timers = found.relay, found.timers
+    oldest = "" if relay.oldest_s is None else f", the oldest {relay.oldest_s:.1f} s"
+    late = f"next due {timers.next_due.isoformat()}" if timers.next_due else "none"
+    if timers.overdue_s:
+        late += f", overdue by {timers.overdue_s:.1f} s"
+    lines: list[tuple[object, ...]] = [
+        ("groups", f"{sum(one.behind for one in found.groups)} behind"),
+        ("relay", f"{_count(relay.waiting, relay.waiting_more)} not published{oldest}"),
+    ]
+    for one in found.projections:
+        where = f"generation {one.generation} v{one.version}" if one.generation else "not started"
+        building = ", the next one is being built" if one.building else ""
+        lines.append((f"projection {one.name}", f"{one.behind} behind, {where}{building}"))
+    lines += [("timers", late), ("dead letters", _count(found.dead_letters, found.dead_letters_more))]
+    print_columns(("", "state"), lines)
+
+
+def _count(n: int, more: bool) -> str:
+    return f"{n} or more" if more else str(n)

@@ -1,0 +1,188 @@
+"""How far a service is behind: its groups, its relay, its read models, its timers; and how much was given up.
+
+Reads store and broker, changes nothing, and needs no worker to run. Figures of different lines are not of one moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from bus.errors import MissingTopics
+from bus.transport import TopicAdmin
+from eventstore.port import Store
+from foldbus.relay import LEASE
+from foldbus.views import all_projections, workshop
+from projections import LOG, Checkpoint, Place, Status
+
+if TYPE_CHECKING:
+    from foldbus.connection import Connection
+
+_PAGE = 1000
+COUNTED_MAX = 10_000
+"""Nothing is counted further than this: `…_more` says that there is more."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLag:
+    """`committed` None: this group has not committed anything there yet, all that the topic holds is before it."""
+
+    group: str
+    topic: str
+    partition: int
+    committed: int | None
+    end: int
+    behind: int
+
+
+@dataclass(frozen=True, slots=True)
+class RelayLag:
+    """`behind` in positions, of which some are no messages; `waiting` are messages that are not published yet, the
+    first of them made `oldest_s` ago."""
+
+    position: int
+    head: int
+    behind: int
+    waiting: int
+    waiting_more: bool
+    oldest_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionLag:
+    """`generation` 0: no worker has run it yet. `behind`: positions of the own log and records of others' topics that
+    are still to be read. `version` is the serving generation's."""
+
+    name: str
+    generation: int
+    version: int
+    behind: int
+    building: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TimerLag:
+    """`overdue_s`: for how long the earliest timer has been due (0: it is not yet)."""
+
+    next_due: datetime | None
+    overdue_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lag:
+    service: str
+    groups: tuple[GroupLag, ...]
+    relay: RelayLag
+    projections: tuple[ProjectionLag, ...]
+    timers: TimerLag
+    dead_letters: int
+    dead_letters_more: bool
+    missing_topics: tuple[str, ...] = field(default=())
+
+
+async def measure(connection: Connection) -> Lag:
+    """Raises what store and transport raise when they cannot be reached; a topic that is not there is named."""
+    missing: set[str] = set()
+    store, admin = connection.store, connection.transport.admin
+    ends = _Ends(admin, missing)
+    groups: list[GroupLag] = []
+    for group, topics in connection.service.groups.items():
+        committed = await admin.committed(group, topics)
+        for topic in topics:
+            for partition, (first, end) in sorted((await ends.of(topic)).items()):
+                at = committed.get((topic, partition))
+                groups.append(GroupLag(group, topic, partition, at, end, max(0, end - (first if at is None else at))))
+    head = await store.head()
+    letters, more_letters = await count_dead_letters(store)
+    return Lag(
+        service=connection.service.name,
+        groups=tuple(groups),
+        relay=await _relay(connection, head),
+        projections=tuple([await _projection(connection, one, head, ends) for one in _projections(connection)]),
+        timers=await _timers(store),
+        dead_letters=letters,
+        dead_letters_more=more_letters,
+        missing_topics=tuple(sorted(missing)),
+    )
+
+
+class _Ends:
+    """Offsets of topics, each asked for once."""
+
+    def __init__(self, admin: TopicAdmin, missing: set[str]) -> None:
+        self._admin, self._missing = admin, missing
+        self._known: dict[str, dict[int, tuple[int, int]]] = {}
+
+    async def of(self, topic: str) -> dict[int, tuple[int, int]]:
+        if topic not in self._known:
+            try:
+                self._known[topic] = dict(await self._admin.offsets(topic))
+            except MissingTopics:
+                self._missing.add(topic)
+                self._known[topic] = {}
+        return self._known[topic]
+
+
+def _projections(connection: Connection) -> Sequence[Any]:
+    return all_projections(connection.service)
+
+
+async def _relay(connection: Connection, head: int) -> RelayLag:
+    store = connection.store
+    position = at = await store.leases.position(LEASE)
+    waiting, oldest = 0, None
+    while waiting < COUNTED_MAX:
+        page = await store.read_all(after=at, limit=_PAGE, outgoing=True)
+        due = [record for record in page.records if record.topic is not None]
+        waiting += len(due)
+        if oldest is None and due:
+            oldest = max(0.0, (connection.clock.now() - due[0].time).total_seconds())
+        if page.upto >= page.head or page.upto <= at:
+            return RelayLag(position, head, max(0, head - position), waiting, False, oldest)
+        at = page.upto
+    return RelayLag(position, head, max(0, head - position), waiting, True, oldest)
+
+
+async def _projection(connection: Connection, projection: Any, head: int, ends: _Ends) -> ProjectionLag:
+    rows = workshop(connection, projection).rows
+    found = await rows.generations()
+    serving = next((one for one in found if one.status is Status.SERVING), None)
+    places = (await rows.checkpoint(serving.number) if serving is not None else Checkpoint()).places
+    behind = 0
+    for source in projection.sources(connection.service.name):
+        if source == LOG:
+            behind += max(0, head - places.get((LOG, 0), Place()).position)
+        else:
+            for partition, (first, end) in (await ends.of(source)).items():
+                behind += max(0, end - places.get((source, partition), Place(first)).offset)
+    return ProjectionLag(
+        name=projection.name,
+        generation=serving.number if serving is not None else 0,
+        version=serving.version if serving is not None else 0,
+        behind=behind,
+        building=any(one.status is Status.BUILDING for one in found),
+    )
+
+
+async def _timers(store: Store) -> TimerLag:
+    due = await store.timers.next_due()
+    late = 0.0 if due is None else max(0.0, (store.timers.now() - due).total_seconds())
+    return TimerLag(due, round(late, 3))
+
+
+async def count_dead_letters(store: Store) -> tuple[int, bool]:
+    """How many, and whether there are more than that."""
+    count, after = 0, None
+    while count < COUNTED_MAX:
+        page = await store.dead_letters(after=after, limit=_PAGE)
+        count += len(page)
+        if len(page) < _PAGE:
+            return count, False
+        last: tuple[datetime, UUID] = (page[-1].failure.failed_at, page[-1].id)
+        after = last
+        await asyncio.sleep(0)
+    return count, True
