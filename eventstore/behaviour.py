@@ -28,6 +28,8 @@ class Decision(Generic[S]):
     outgoing: tuple[Envelope, ...] = ()
     timers: tuple[Timer | CancelTimer, ...] = ()
     reply: Envelope | None = None
+    forget: bool = False
+    """The stream has ended: its state need not be kept at hand. Loading it once more is all that it costs."""
 
 
 class Behaviour(Protocol[S]):

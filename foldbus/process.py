@@ -11,4 +11,4 @@ def tune() -> None:
     """Lets the garbage collector look less often. Batches make many objects that all die together without it; the
     default of 700 walks them over and over, which cost a quarter of a worker's processor time."""
     gc.freeze()
-    gc.set_threshold(_YOUNG_MAX, 20, 100)
+    gc.set_threshold(_YOUNG_MAX, 10, 10)

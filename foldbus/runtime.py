@@ -221,6 +221,7 @@ class UnitProcessor:
                     self._check_sizes(decision)
                 except Exception as error:
                     work.result = Failed(error)
+                    work.item.examine = True  # it may have been given up before; and the state is read anew
                     blocked_keys.add(envelope.key)
                     blocked_streams.add(stream)
                     states.pop(stream)  # what `decide` may have left half changed
@@ -261,14 +262,15 @@ class UnitProcessor:
         self._failpoint.hit(self._before)
         outcomes = await self._store.commit([work.unit for work in staged if work.unit is not None], watermarks=marks)
         self._failpoint.hit(self._after)
-        lost: set[StreamId] = set()
+        dropped: set[StreamId] = set()
         resend: list[Unit] = []
         for work, outcome in zip(staged, outcomes, strict=True):
             work.result = self._result(work, outcome, resend)
-            if outcome.verdict is not Verdict.COMMITTED and work.stream is not None:
-                lost.add(work.stream)
+            ended = work.decision is not None and work.decision.forget
+            if work.stream is not None and (ended or outcome.verdict is not Verdict.COMMITTED):
+                dropped.add(work.stream)
         for stream, (version, state) in states.items():
-            if stream not in lost:
+            if stream not in dropped:
                 self._cache.put(stream, version, state)
         if resend:
             await self._store.commit(resend)
@@ -333,7 +335,13 @@ class UnitProcessor:
         )
         (outcome,) = await self._store.commit([unit])
         self._report(letter, outcome)
-        return Again() if outcome.verdict is Verdict.CONFLICT else Done()
+        if outcome.verdict is Verdict.COMMITTED:
+            return Done()
+        resend: list[Unit] = []
+        result = self._result(_Work(item), outcome, resend)
+        if resend:  # it was given up, handled or cancelled before: whoever asks again gets that answer
+            await self._store.commit(resend)
+        return result
 
     async def give_up_raw(self, delivery: Delivery, failure: Failure) -> None:
         place = f"{delivery.topic}/{delivery.partition}/{delivery.offset}"

@@ -114,9 +114,10 @@ class Turn:
         if self.instance is not self.state.instance:
             self.state.drop()
             self.state.instance = self.instance
-        if self.state.status is Status.PARKED or (self.state.status is not None and self.state.status.ended):
+        resting = self.state.status is Status.PARKED or (self.state.status is not None and self.state.status.ended)
+        if resting:
             self.state.drop()
-        return Decision(self.state, records, tuple(self.outgoing), tuple(self.timers), self.reply)
+        return Decision(self.state, records, tuple(self.outgoing), tuple(self.timers), self.reply, forget=resting)
 
     def _fed(self) -> tuple[Instance, list[Plan]]:
         state, replayer = self.state, self.place.replayer

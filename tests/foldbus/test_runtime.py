@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
@@ -198,6 +198,45 @@ class TestABatch:
         assert await store.head() == 0
 
 
+class Counted:
+    """A store that counts the streams it is asked to load."""
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.loaded = store, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    async def load(self, wanted: Sequence[Wanted]) -> Any:
+        self.loaded += len(wanted)
+        return await self.store.load(wanted)
+
+
+class Ending(DeciderBehaviour):
+    """Every decision is its stream's last."""
+
+    def decide(self, state: Any, envelope: Any) -> Any:
+        return replace(super().decide(state, envelope), forget=True)
+
+
+class TestTheCache:
+    async def test_keeps_what_won_so_that_the_next_batch_loads_nothing(self, store: Store) -> None:
+        counted: Any = Counted(store)
+        runtime = processor(counted)
+        for _ in range(3):
+            await settle(runtime, item(Reserve(sku="cd")))
+        assert counted.loaded == 1
+
+    async def test_does_not_keep_streams_that_have_ended(self, store: Store) -> None:
+        counted: Any = Counted(store)
+        ending = Ending([stock], service="shop", codec=codec, ids=ids, clock=SystemClock())
+        runtime = processor(counted, behaviour=ending)
+        for _ in range(3):
+            await settle(runtime, item(Reserve(sku="cd")))
+        assert counted.loaded == 3
+        assert await left(store) == 7
+
+
 class TestWatermarks:
     async def test_are_stored_with_the_batch(self, store: Store) -> None:
         runtime = processor(store)
@@ -341,3 +380,14 @@ class TestGivingUp:
         await processor(store).give_up(step, Failure("RuntimeError", "bug", "", 5, NOON, NOON))
         assert await store.dead_letters() == []
         assert await left(store) == 9
+
+    async def test_again_of_what_is_dead_already_answers_died_again(self, store: Store, twin: Store) -> None:
+        """Asked again under its id: first the handler fails again, or it cannot even be read."""
+        bad = item(Reserve(sku="cd", n=13))
+        await processor(store).give_up(bad, Failure("RuntimeError", "bug", "stack", 5, NOON, NOON))
+        runtime = processor(twin)
+        assert kinds(await runtime.process([bad], {})) == ["Failed"]
+        assert kinds(await runtime.process([bad], {})) == ["Done"]
+        assert await runtime.give_up(bad, Failure("RuntimeError", "bug", "stack", 5, NOON, NOON)) == Done()
+        assert await replies(store) == [(bad.envelope.id, ReplyOutcome.DIED)] * 3
+        assert len(await store.dead_letters()) == 1
