@@ -17,7 +17,7 @@ from typing import Protocol
 
 from bus.cloudevents import from_record
 from bus.envelope import Envelope, Position
-from bus.errors import BadInput
+from bus.errors import BadInput, Undecodable
 from bus.messages import Event
 from bus.metrics import Metrics
 from bus.registry import Registry
@@ -30,6 +30,7 @@ from projections.port import LOG, BadRecord, Checkpoint, Feed, FeedPage, FeedRec
 log = logging.getLogger("foldbus.projections")
 
 _ENDS_EVERY_S = 1.0
+_INT_MAX = 2**63 - 1
 
 
 class Log(Protocol):
@@ -147,10 +148,11 @@ class TopicFeed:
         """The event, what is wrong with it, or why it is skipped; and the place after it."""
         type_name, source, epoch, position = _peek(delivery.headers)
         beyond = replace(place, offset=delivery.offset + 1)
+        after = beyond
         taken: Envelope | BadInput | None = None
         if type_name is None:  # structured mode, or no event at all
             try:
-                taken = from_record(delivery)
+                taken = self._read(delivery)
             except BadInput as error:
                 return error, beyond
             type_name, source, epoch, position = taken.type, taken.source, taken.epoch, taken.position
@@ -159,15 +161,21 @@ class TopicFeed:
                 return "epoch", beyond
             if (epoch, position) <= (place.epoch, place.position):
                 return "replay", beyond
-            beyond = Place(beyond.offset, epoch, position)
+            after = Place(beyond.offset, epoch, position)
         if not self._wanted(type_name):
-            return "type", beyond
+            return "type", after
         if taken is None:
             try:
-                taken = from_record(delivery)
+                taken = self._read(delivery)
             except BadInput as error:
-                taken = error
-        return taken, beyond
+                return error, beyond  # what it says of its position counts no more than the rest of it
+        return taken, after
+
+    def _read(self, delivery: Delivery) -> Envelope:
+        limit = self._transport.max_bytes
+        if delivery.value is not None and len(delivery.value) > limit:
+            raise Undecodable(f"a record of {delivery.size} bytes on {delivery.topic}; wanted at most {limit}")
+        return from_record(delivery)
 
     async def _seek(self, places: dict[int, Place]) -> Consumer:
         """The open reader, if `places` follow from its last page; else a new one. Fills in partitions that have no
@@ -216,20 +224,22 @@ class TopicFeed:
 
 
 def _peek(headers: Headers) -> tuple[str | None, str | None, int, int | None]:
-    """Type, source, epoch and position without decoding; type None when a full reading has to tell."""
+    """Type, source, epoch and position without decoding; type None when a full reading has to tell. Only what is ours
+    (it has `ce_kind`) is believed about its position, as `from_record` has it."""
     found: dict[str, bytes] = dict(headers)
-    if "ce_type" not in found:
+    if "ce_type" not in found or found.get("content-type", b"")[:23].lower() == b"application/cloudevents":
         return None, None, 0, None
     try:
-        source = found.get("ce_source", b"").decode()
-        return (
-            found["ce_type"].decode(),
-            source[1:] if source[:1] == "/" else source,
-            int(found.get("ce_sourceepoch", b"0")),
-            int(found["ce_position"]) if "ce_position" in found else None,
-        )
+        source, kind = found.get("ce_source", b"").decode(), found["ce_type"].decode()
+        source = source[1:] if source[:1] == "/" else source
+        if "ce_kind" not in found or "ce_position" not in found:
+            return kind, source, 0, None
+        epoch, position = int(found.get("ce_sourceepoch", b"0")), int(found["ce_position"])
     except ValueError:
         return None, None, 0, None
+    if not (0 <= epoch <= _INT_MAX and 0 <= position <= _INT_MAX):
+        return None, None, 0, None
+    return kind, source, epoch, position
 
 
 class CombinedFeed:
