@@ -10,7 +10,7 @@ from bus.metrics import MemoryMetrics
 from bus.seams import SystemClock, Uuid7Ids
 from eventstore.errors import SchemaMismatch
 from foldbus.backends import migrate_store, open_store, raise_epoch
-from foldbus.cli.loading import AppsArgument, JsonOption, StoreOption, YesOption, load_service, settings
+from foldbus.cli.loading import AppsArgument, JsonOption, StoreOption, UnusedBus, YesOption, load_service, settings
 from foldbus.cli.running import WRONG, finish
 from foldbus.cli.showing import confirm, print_columns, print_json
 
@@ -31,7 +31,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 @db.command()
-def upgrade(services: AppsArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+def upgrade(
+    services: AppsArgument, store: StoreOption = None, bus: UnusedBus = None, as_json: JsonOption = False
+) -> None:
     """Creates or upgrades the stores of these services; a second call changes nothing."""
     url, names = settings(store).store, _names(services)
 
@@ -44,7 +46,9 @@ def upgrade(services: AppsArgument, store: StoreOption = None, as_json: JsonOpti
 
 
 @db.command()
-def check(services: AppsArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+def check(
+    services: AppsArgument, store: StoreOption = None, bus: UnusedBus = None, as_json: JsonOption = False
+) -> None:
     """Changes nothing. Exits 1 when a store is missing, needs an upgrade or is of newer code."""
     url, names = settings(store).store, _names(services)
 
@@ -56,7 +60,11 @@ def check(services: AppsArgument, store: StoreOption = None, as_json: JsonOption
 
 @db.command()
 def restored(
-    services: AppsArgument, store: StoreOption = None, yes: YesOption = False, as_json: JsonOption = False
+    services: AppsArgument,
+    store: StoreOption = None,
+    bus: UnusedBus = None,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Once after a database came back from a backup, with all workers stopped: its log begins a new epoch, so that
     readers elsewhere see that positions are drawn anew."""

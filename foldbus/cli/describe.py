@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from foldbus.cli.loading import AppArgument, JsonOption, load_service
+from foldbus.cli.loading import AppArgument, JsonOption, UnusedBus, UnusedStore, load_service
 from foldbus.cli.showing import print_columns, print_json
 from foldbus.service import Service
 from foldbus.views import all_projections
@@ -17,7 +17,9 @@ def add_to(app: typer.Typer) -> None:
     app.command("describe")(describe)
 
 
-def describe(service: AppArgument, as_json: JsonOption = False) -> None:
+def describe(
+    service: AppArgument, store: UnusedStore = None, bus: UnusedBus = None, as_json: JsonOption = False
+) -> None:
     """Topics, groups, deciders, sagas and projections of a service. Works without database and broker; the JSON is
     made to be kept and compared."""
     found = document(load_service(service))

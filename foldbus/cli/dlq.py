@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from eventstore.port import DeadLetter
-from foldbus.cli.loading import AppArgument, JsonOption, StoreOption, load_service, settings
+from foldbus.cli.loading import AppArgument, JsonOption, StoreOption, UnusedBus, load_service, settings
 from foldbus.cli.running import finish, store_of
 from foldbus.cli.showing import print_columns, print_json, say
 
@@ -30,6 +30,7 @@ def list_(
     service: AppArgument,
     limit: Annotated[int, typer.Option(min=1, help="How many, oldest first")] = 100,
     store: StoreOption = None,
+    bus: UnusedBus = None,
     as_json: JsonOption = False,
 ) -> None:
     """The dead letters of a service, oldest first. Reads the store alone."""

@@ -22,6 +22,9 @@ AppsArgument = Annotated[list[str], typer.Argument(metavar="MODULE:NAME...", hel
 StoreOption = Annotated[str | None, typer.Option("--store", help="sqlite:DIRECTORY or postgresql://… (FOLDBUS_STORE)")]
 BusOption = Annotated[str | None, typer.Option("--bus", help="embedded:DIRECTORY or kafka://… (FOLDBUS_BUS)")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of a table")]
+UnusedStore = Annotated[str | None, typer.Option("--store", hidden=True)]
+UnusedBus = Annotated[str | None, typer.Option("--bus", hidden=True)]
+"""Every command takes both options, so that all can be called alike."""
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask")]
 
 _FOR_TESTS = "FOLDBUS_TEST_"

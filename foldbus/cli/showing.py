@@ -18,7 +18,7 @@ class NotConfirmed(FoldbusError):
 
 def print_json(document: object) -> None:
     """One document on one line; times as ISO 8601, ids as text."""
-    print(json.dumps(document, default=str, ensure_ascii=False))
+    print(json.dumps(document, default=_plain, ensure_ascii=False))
 
 
 def print_columns(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -43,6 +43,10 @@ def confirm(what: str, *, yes: bool) -> None:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise NotConfirmed(f"{what}: there is no terminal to ask at; say --yes")
     typer.confirm(f"{what}?", abort=True, err=True)
+
+
+def _plain(found: object) -> str:
+    return found.isoformat() if isinstance(found, datetime) else str(found)
 
 
 def _text(cell: object) -> str:

@@ -9,7 +9,7 @@ import typer
 from bus.errors import MissingTopics, TopicMismatch
 from bus.topics import Plan, apply, plan
 from bus.transport import TopicSpec
-from foldbus.cli.loading import AppsArgument, BusOption, JsonOption, load_service, log_to_stderr, settings
+from foldbus.cli.loading import AppsArgument, BusOption, JsonOption, UnusedStore, load_service, log_to_stderr, settings
 from foldbus.cli.running import WRONG, finish, transport_of
 from foldbus.cli.showing import print_columns, print_json, say
 from foldbus.settings import Settings
@@ -22,7 +22,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 @topics.command("plan")
-def plan_(services: AppsArgument, bus: BusOption = None, as_json: JsonOption = False) -> None:
+def plan_(
+    services: AppsArgument, bus: BusOption = None, store: UnusedStore = None, as_json: JsonOption = False
+) -> None:
     """Shows what `apply` would create. Exits 1 when a topic is there otherwise than declared."""
     made = finish(_plan(_declared(services), settings(bus=bus)))
     _show(made, as_json)
@@ -30,7 +32,9 @@ def plan_(services: AppsArgument, bus: BusOption = None, as_json: JsonOption = F
 
 
 @topics.command("validate")
-def validate_(services: AppsArgument, bus: BusOption = None, as_json: JsonOption = False) -> None:
+def validate_(
+    services: AppsArgument, bus: BusOption = None, store: UnusedStore = None, as_json: JsonOption = False
+) -> None:
     """Exits 1 when a topic is missing or there otherwise than declared."""
     made = finish(_plan(_declared(services), settings(bus=bus)))
     _show(made, as_json)
@@ -40,7 +44,9 @@ def validate_(services: AppsArgument, bus: BusOption = None, as_json: JsonOption
 
 
 @topics.command("apply")
-def apply_(services: AppsArgument, bus: BusOption = None, as_json: JsonOption = False) -> None:
+def apply_(
+    services: AppsArgument, bus: BusOption = None, store: UnusedStore = None, as_json: JsonOption = False
+) -> None:
     """Creates what is missing, changes nothing that exists. Exits 1, creating nothing, on any difference."""
     log_to_stderr(quiet=True)
     specs = _declared(services)

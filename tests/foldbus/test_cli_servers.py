@@ -1,0 +1,81 @@
+"""The command line on Kafka and PostgreSQL: what differs there is that nothing is made unless it is asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from pathlib import Path
+
+import pytest
+
+from foldbus import Connection
+from tests.foldbus.desk import Desk, dead_letters, published
+
+
+@pytest.fixture
+def desk(kafka: str, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    monkeypatch.chdir(tmp_path)
+    return Desk(f"desk-{secrets.token_hex(4)}", database, f"kafka://{kafka}")
+
+
+def test_a_service_is_prepared_looked_at_and_replayed(desk: Desk) -> None:
+    # Nothing is there yet, and looking makes nothing.
+    assert [desk.cli("db check").code for _ in range(2)] == [1, 1]
+    assert [desk.cli("topics validate").code for _ in range(2)] == [1, 1]
+    assert len(desk.cli("topics plan", "--json").data["create"]) == 5
+    assert desk.cli("lag").code == 2
+
+    assert desk.cli("db upgrade", f"{desk.module_name}:other").code == 0
+    assert desk.cli("db check", f"{desk.module_name}:other", "--json").data["stores"] == [
+        {"service": desk.name, "epoch": 0, "problem": None},
+        {"service": f"{desk.name}-other", "epoch": 0, "problem": None},
+    ]
+    assert desk.cli("topics apply").code == 0
+    assert desk.cli("topics validate").code == 0
+    assert desk.cli("topics apply", "--json").data == {"create": [], "mismatches": []}
+    desk.module.app.partitions = 3
+    mismatch = desk.cli("topics validate")
+    assert mismatch.code == 1
+    assert "keys would move" in mismatch.out
+    desk.module.app.partitions = 2
+
+    async def send(connection: Connection) -> None:
+        await connection.send(desk.module.Open(ticket_id="t1", number=1))
+        await connection.send(desk.module.Open(ticket_id="t666", number=666))
+
+    desk.do(send, worker=False)
+    assert behind(desk) == {desk.name: 2, f"{desk.name}.saga.tidy": 0, f"{desk.name}.replies": 0}
+
+    async def work(connection: Connection) -> None:
+        await dead_letters(connection, 1)
+        async with asyncio.timeout(30):
+            await connection.request(desk.module.Open(ticket_id="t13", number=13), timeout_s=20)
+        await published(connection)
+
+    desk.do(work)
+    assert behind(desk)[desk.name] == 0
+    found = desk.cli("lag", "--json").data
+    assert found["dead_letters"] == 1
+    assert desk.cli("dlq list", "--json").data["dead_letters"][0]["error"] == "ValueError"
+
+    opened = ("--type", f"{desk.name}.opened.v1", "--json")
+    assert desk.cli("replay", "--to", "file:out", *opened).data["events"] == 2
+    assert [json.loads(line)["key"] for line in Path("out").read_text().splitlines()] == ["t1", "t13"]
+    done = desk.cli("replay", "--to", f"topic:{desk.name}.events", "--yes", *opened)
+    assert (done.code, done.data["events"]) == (0, 2)
+
+    assert {one["start_key"] for one in desk.cli("saga list", "--json").data["sagas"]} <= {"t1", "t13"}
+    assert desk.cli("projection rebuild", "tickets", "--json").data["swapped"] is True
+    assert desk.cli("projection verify", "tickets", "--json").data["rows"] == 2
+    assert desk.cli("projection swap-back", "tickets", "--yes").code == 0
+
+    assert desk.cli("db restored", "--yes", "--json").data["stores"][0]["epoch"] == 1
+    assert desk.cli("db check", "--json").data["stores"][0]["epoch"] == 1
+
+
+def behind(desk: Desk) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for one in desk.cli("lag", "--json").data["groups"]:
+        found[one["group"]] = found.get(one["group"], 0) + one["behind"]
+    return found
