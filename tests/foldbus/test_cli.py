@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
 from bus.topics import apply
 from bus.transport import Outgoing, TopicSpec
 from eventstore.sqlite.migrations import migrate
 from foldbus import Connection
+from foldbus.cli import app as program
+from foldbus.settings import Settings
 from foldbus.worker import Worker
 from tests.foldbus.desk import Desk, cli, dead_letters
 
@@ -105,6 +109,28 @@ class TestDescribe:
             worker = Worker(connection)
             joined = {engine._processor.group: engine._topics for engine in worker.engines}
         assert joined == dict(desk.service.groups)
+
+
+class TestItsPage:
+    """docs/cli.md"""
+
+    text = (ROOT / "docs" / "cli.md").read_text()
+
+    def test_names_every_command_and_no_other(self) -> None:
+        named = set(re.findall(r"foldbus ((?:db|topics|saga|projection|dlq) [a-z-]+|[a-z]+)\b", self.text))
+        assert named == set(_commands(typer.main.get_command(program)))
+
+    def test_names_every_variable(self) -> None:
+        named = set(re.findall(r"^\| `(FOLDBUS_[A-Z_]+)`", self.text, re.MULTILINE))
+        assert named == {f"FOLDBUS_{name.upper()}" for name in Settings.model_fields}
+
+
+def _commands(group: Any) -> Iterator[str]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from (f"{name} {one}" for one in _commands(command))
+        else:
+            yield name
 
 
 class TestTopics:
@@ -227,6 +253,10 @@ class TestSagas:
             assert desk.cli("saga cancel", running).code == 2  # nobody to ask
             assert desk.cli("saga cancel", running, "--yes").code == 0
             eventually(lambda: _sagas(desk), {"t1": "completed", "t7": "compensated", "t13": "completed"})
+        listed = {one["start_key"]: one for one in desk.cli("saga list", "--json").data["sagas"]}
+        assert (listed["t13"]["error"], listed["t13"]["waiting"]) == (None, [])
+        assert "cancelled" in listed["t7"]["error"]
+        assert listed["t7"]["ended_at"] is not None
         story = desk.cli("saga show", running)
         assert "cancelled by" in story.out
         assert "step undo:1: ok" in story.out
