@@ -227,7 +227,7 @@ def _validate(model: type[BaseModel], data: bytes, name: str) -> BaseModel:
 def explain(error: ValidationError, *, most: int = 3) -> str:
     """Pydantic's findings in one line: where, what was wanted, what was found."""
     found = error.errors(include_url=False, include_context=False)
-    lines = []
+    lines: list[str] = []
     for one in found[:most]:
         where = ".".join(str(part) for part in one["loc"]) or "the whole"
         lines.append(f"{where}: {one['msg']} (found {one['input']!r:.80})")

@@ -218,4 +218,4 @@ class PollSettings:
     rebalance_timeout_s: float = 60.0
     request_timeout_s: float = 30.0
     publish_deadline_s: float = 30.0
-    extra: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, str] = field(default_factory=dict[str, str])

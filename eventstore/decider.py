@@ -126,7 +126,7 @@ class DeciderBehaviour:
         except Refused as refusal:
             return Decision(state, reply=self._answer(envelope, refusal, self._origin(envelope, now)))
         folded = state.state
-        staged = []
+        staged: list[Envelope] = []
         for event in events:
             self._check(decider, command, event)
             folded = decider.evolve(folded, event)
@@ -163,13 +163,14 @@ class DeciderBehaviour:
     def _reply_value(
         self, decider: Decider[Any, Any, Any], state: Any, command: Message, events: Sequence[Event]
     ) -> BaseModel | None:
+        name = type(command).__name__
         assert isinstance(command, Command)
         wanted = command.reply_type()
         if decider.reply is not None:
             value: BaseModel | None = decider.reply(state, command, events)
             if value is not None and wanted is not None and not isinstance(value, wanted):
                 raise BadDecision(
-                    f"reply= of {decider!r} answered {type(command).__name__} with {type(value).__name__}; "
+                    f"reply= of {decider!r} answered {name} with {type(value).__name__}; "
                     f"wanted {wanted.__name__}; nothing was stored"
                 )
         elif wanted is None:
@@ -178,7 +179,7 @@ class DeciderBehaviour:
             value = next((event for event in events if isinstance(event, wanted)), None)
         if value is None and wanted is not None:
             raise BadDecision(
-                f"{decider!r} decided {[type(event).__name__ for event in events]} for {type(command).__name__}, "
+                f"{decider!r} decided {[type(event).__name__ for event in events]} for {name}, "
                 f"which is answered with {wanted.__name__}: decide one, refuse, or pass reply=; nothing was stored"
             )
         return value if wanted is not None else None

@@ -176,7 +176,7 @@ class Outcome:
     verdict: Verdict
     position: Position = 0
     public: Position = 0
-    versions: Mapping[StreamId, Version] = field(default_factory=dict)
+    versions: Mapping[StreamId, Version] = field(default_factory=dict["StreamId", "Version"])
     reply: Envelope | None = None
     stream: StreamId | None = None
     expected: ExpectedVersion | None = None
