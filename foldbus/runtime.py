@@ -20,8 +20,10 @@ from bus.errors import BadInput
 from bus.metrics import Metrics
 from bus.processing import Again, Done, Failed, Item, Result, Watermarks
 from bus.seams import Clock, Failpoint, Ids
+from bus.topics import DEAD_LETTER_ROOM_BYTES
 from bus.transport import Delivery
 from eventstore.behaviour import Behaviour, Decision
+from eventstore.errors import BadUnit
 from eventstore.port import (
     Append,
     CancelTimer,
@@ -39,8 +41,6 @@ from eventstore.port import (
 )
 
 log = logging.getLogger("foldbus.runtime")
-
-_CONFLICTS_BEFORE_WAITING = 20
 
 
 class StateCache:
@@ -102,7 +102,6 @@ class UnitProcessor:
         self._max_bytes = max_bytes
         self._before, self._after = f"before-{commit_failpoint}", f"after-{commit_failpoint}"
         self._cache = StateCache(cache_size)
-        self._conflicts: dict[UUID, int] = {}
 
     def wants(self, type_name: str) -> bool:
         return self._wants(type_name)
@@ -260,7 +259,12 @@ class UnitProcessor:
         staged = [work for work in works if work.unit is not None]
         marks = self._marks(watermarks)
         self._failpoint.hit(self._before)
-        outcomes = await self._store.commit([work.unit for work in staged if work.unit is not None], watermarks=marks)
+        try:
+            outcomes = await self._store.commit(
+                [work.unit for work in staged if work.unit is not None], watermarks=marks
+            )
+        except BadUnit as error:
+            return await self._commit_one_by_one(staged, works, error)
         self._failpoint.hit(self._after)
         dropped: set[StreamId] = set()
         resend: list[Unit] = []
@@ -276,12 +280,29 @@ class UnitProcessor:
             await self._store.commit(resend)
         _keep_order(works)
 
+    async def _commit_one_by_one(self, staged: Sequence[_Work], works: Sequence[_Work], error: BadUnit) -> None:
+        """A unit that no store takes fails its message, as a bug does; the others of the batch are tried again alone.
+        (Some may be committed: the standing tells.) The states of this batch are forgotten."""
+        if len(staged) == 1:
+            staged[0].result = Failed(error)
+        elif not staged:  # then it was a watermark
+            raise error
+        else:
+            self._metrics.count("foldbus_batches_split_total", consumer=self.consumer)
+            log.warning("%s: a batch of %d is handled one by one: %s", self.consumer, len(staged), error)
+            waiting: set[str] = set()
+            for work in staged:
+                key = work.item.envelope.key
+                work.item.examine = True
+                (work.result,) = [Again()] if key in waiting else await self.process([work.item], {})
+                if not isinstance(work.result, Done):
+                    waiting.add(key)
+        _keep_order(works)
+
     def _result(self, work: _Work, outcome: Outcome, resend: list[Unit]) -> Result:
         item = work.item
         match outcome.verdict:
             case Verdict.COMMITTED:
-                if self._conflicts:
-                    self._conflicts.pop(item.envelope.id, None)
                 self._metrics.count("foldbus_handled_total", consumer=self.consumer)
                 return Done()
             case Verdict.DUPLICATE | Verdict.CANCELLED:
@@ -293,9 +314,8 @@ class UnitProcessor:
                 return Done()
             case Verdict.CONFLICT:
                 item.examine = True
-                lost = self._conflicts[item.envelope.id] = self._conflicts.get(item.envelope.id, 0) + 1
                 self._metrics.count("foldbus_conflicts_total", consumer=self.consumer)
-                return Again(after_s=0.05 if lost > _CONFLICTS_BEFORE_WAITING else 0.0)
+                return Again()  # at once; who keeps losing is slowed down by whoever gives it again
             case Verdict.STARTED | Verdict.PARKED:
                 return Again(after_s=1.0)
 
@@ -317,14 +337,15 @@ class UnitProcessor:
             failure=failure,
             type=envelope.type,
         )
+        headers = {**envelope.headers, **_history(letter)}
         copy = replace(
             envelope,
             id=uuid5(envelope.id, f"dead-letter:{self.consumer}"),
-            data=self._fitting(envelope.data),
+            data=self._fitting(envelope.data, headers),
             topic=f"{self._service}.dlq",
             reply_to=None,
             causation_id=envelope.id,
-            headers={**envelope.headers, **_history(letter)},
+            headers=headers,
         )
         unit = Unit(
             claim=Claim(self.consumer, envelope.id, envelope.key, reply=reply, state=ClaimState.DEAD),
@@ -356,25 +377,27 @@ class UnitProcessor:
             headers=delivery.headers,
             failure=failure,
         )
+        headers = _history(letter)
         copy = Envelope(
             id=uuid5(letter.id, f"dead-letter:{self.consumer}"),
             kind=Kind.EVENT,
             type="foldbus.dead-letter.v1",
             source=self._service,
             key=place,
-            data=self._fitting(delivery.value or b""),
+            data=self._fitting(delivery.value or b"", headers),
             time=self._clock.now(),
             correlation_id=letter.id,
             topic=f"{self._service}.dlq",
-            headers=_history(letter),
+            headers=headers,
         )
         claim = Claim(self.consumer, letter.id, place, state=ClaimState.DEAD)
         (outcome,) = await self._store.commit([Unit(claim=claim, outgoing=(copy,), dead_letter=letter)])
         self._report(letter, outcome)
 
-    def _fitting(self, data: bytes) -> bytes:
-        """The copy's bytes: whole, unless the record was larger than topics here may hold; the row has all of it."""
-        return data[: self._max_bytes - HEADROOM_BYTES]
+    def _fitting(self, data: bytes, headers: Mapping[str, str]) -> bytes:
+        """The copy's bytes: whole, unless the record was larger than the `.dlq` may hold; the row has all of it."""
+        taken = HEADROOM_BYTES + sum(len(name) + len(value.encode()) for name, value in headers.items())
+        return data[: self._max_bytes + DEAD_LETTER_ROOM_BYTES - taken]
 
     def _report(self, letter: DeadLetter, outcome: Outcome) -> None:
         if outcome.verdict is Verdict.COMMITTED:

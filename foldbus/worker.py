@@ -115,11 +115,12 @@ def start_processor(connection: Connection, name: str) -> UnitProcessor:
     service = connection.service
     definitions = [one for one in service.sagas if one.name == name]
     starts = frozenset(str(one.start.type_name) for one in definitions)
+    bases = frozenset(one.start.type_name.base for one in definitions)
 
     def wants(type_name: str) -> bool:
         if type_name in starts:
             return True
-        if service.registry.names_base(type_name):
+        if type_name.rpartition(".v")[0] in bases:  # an event that this saga names, in a version that nobody here does
             service.registry.find(type_name)
         return False
 
@@ -213,16 +214,17 @@ class Worker:
         finally:
             for engine in self.engines:
                 engine.stop()
-            if parts:
-                _, late = await asyncio.wait(parts, timeout=self.settings.stop_timeout_s)
-                for task in late:
-                    log.error("%s did not drain in %s s, cancelled", task.get_name(), self.settings.stop_timeout_s)
+            try:
+                if parts:
+                    _, late = await asyncio.wait(parts, timeout=self.settings.stop_timeout_s)
+                    for task in late:
+                        log.error("%s did not drain in %s s, cancelled", task.get_name(), self.settings.stop_timeout_s)
+            finally:  # also when the wait itself is cancelled: nobody else would end them
+                for task in (*parts, *background):
                     task.cancel()
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*parts, *background, return_exceptions=True)
-            if self.ended.done():
-                self.ended.exception()  # seen
+                await asyncio.gather(*parts, *background, return_exceptions=True)
+                if self.ended.done():
+                    self.ended.exception()  # seen
 
     def check(self) -> None:
         """Raises what made a part fail for good, if one did."""
