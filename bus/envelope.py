@@ -9,6 +9,8 @@ from enum import StrEnum
 from types import MappingProxyType
 from uuid import UUID
 
+from bus.quick import quick
+
 Position = int
 """Place in one service's log, of events and outgoing messages alike; grows, may have gaps. The first is above 0."""
 Version = int
@@ -71,6 +73,7 @@ class Token:
     public: Position
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Envelope:
     """One message as it is stored and sent; `data` are the very bytes of both.
@@ -106,6 +109,7 @@ class Envelope:
     headers: Mapping[str, str] = field(default_factory=_no_headers)
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Origin:
     """What a new envelope inherits: who makes it, and because of which message."""

@@ -18,11 +18,13 @@ from datetime import datetime
 from typing import Literal, Protocol
 
 from bus.envelope import Offset
+from bus.quick import quick
 
 Headers = tuple[tuple[str, bytes], ...]
 """As on the wire: ordered, names may repeat."""
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Outgoing:
     """A record to publish. `value` None is a tombstone. `partition` None: by the key."""
@@ -66,6 +68,7 @@ class Assignment:
     epoch: int = 0
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Delivery:
     """A record that was read, with the assignment it was read under. `time` is the record's timestamp (the broker's

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from uuid import UUID
 
 from bus.envelope import Envelope, Failure, Offset, Position, StreamId, Token, Version
+from bus.quick import quick
 
 if TYPE_CHECKING:  # half a second of imports that most processes never need
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -56,6 +57,7 @@ class Fence(StrEnum):
     (becomes cancelled) or cancelled already; if it is done with effect the unit answers CONFLICT."""
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Claim:
     """The record that `consumer` has taken `message_id`. `reply` is stored with it for whoever asks again, and is
@@ -141,6 +143,7 @@ class Watermark:
     offset: Offset
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Unit:
     """Everything that one message changes, as a value, committed whole. Without a claim it always tries to write."""
@@ -162,6 +165,7 @@ class Verdict(StrEnum):
     PARKED = "parked"
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of a unit.
