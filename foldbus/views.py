@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
-from foldbus.saga_list import saga_codec, saga_list
+from foldbus.saga_list import SETTINGS as SAGA_LIST_SETTINGS
+from foldbus.saga_list import UnhurriedFeed, saga_codec, saga_list
 from projections import (
+    Feed,
     Generation,
     Progress,
     Projection,
@@ -36,11 +39,11 @@ def workshop(
 ) -> Workshop[Row]:
     """Everything that a projection's machinery needs of a connection."""
     service = connection.service
-    return Workshop(
-        projection=projection,
-        store=connection.store,
-        rows=rows_for(connection.store, projection, clock=connection.clock),
-        open_feed=lambda: open_feed(
+    built_in = projection.name == saga_list.name
+
+    @asynccontextmanager
+    async def feed() -> AsyncGenerator[Feed]:
+        async with open_feed(
             projection,
             service=service.name,
             store=connection.store,
@@ -48,12 +51,19 @@ def workshop(
             registry=service.registry,
             clock=connection.clock,
             metrics=connection.metrics,
-        ),
-        codec=saga_codec if projection.name == saga_list.name else service.codec,
+        ) as opened:
+            yield UnhurriedFeed(opened) if built_in else opened
+
+    return Workshop(
+        projection=projection,
+        store=connection.store,
+        rows=rows_for(connection.store, projection, clock=connection.clock),
+        open_feed=feed,
+        codec=saga_codec if built_in else service.codec,
         clock=connection.clock,
         metrics=connection.metrics,
         failpoint=connection.failpoint,
-        settings=settings or ProjectionSettings(),
+        settings=settings or (SAGA_LIST_SETTINGS if built_in else ProjectionSettings()),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import getpass
 import heapq
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated
@@ -53,21 +54,26 @@ def list_(
     as_json: JsonOption = False,
 ) -> None:
     """The sagas of a service, those that began last first. Exits 1 when the list could not be brought up to date."""
-    rows, late = finish(
+    found, late = finish(
         _list(load_service(service), settings(store, bus), status, definition, limit, timeout),
         hint="run it again to go on",
     )
     if as_json:
         print_json(
-            {"up_to_date": late is None, "sagas": [one.model_dump(mode="json") | {"error": one.error} for one in rows]}
+            {
+                "up_to_date": late is None,
+                "sagas": [
+                    one.model_dump(mode="json") | {"error": one.error, "waiting": waiting} for one, waiting in found
+                ],
+            }
         )
     else:
         print_columns(
             ("id", "saga", "status", "started", "start key", "waiting for", "error"),
             [
                 (one.saga_id, f"{one.definition} v{one.version}", one.status, one.started_at, one.start_key,
-                 one.waiting, one.error)
-                for one in rows
+                 waiting, one.error)
+                for one, waiting in found
             ],
         )  # fmt: skip
     if late is not None:
@@ -170,7 +176,8 @@ async def _load(connection: Connection, id: UUID) -> list[Envelope]:
 
 async def _list(
     service: Service, chosen: Settings, status: Status | None, definition: str | None, limit: int, timeout: float
-) -> tuple[list[SagaRow], str | None]:
+) -> tuple[list[tuple[SagaRow, tuple[str, ...]]], str | None]:
+    """The rows with the steps that each waits for; and what kept the list from being up to date."""
     if not service.sagas:
         raise UnknownSaga(f"service {service.name!r} lists no sagas")
     async with attached(service, chosen) as connection:
@@ -182,7 +189,17 @@ async def _list(
                 heapq.heappush(latest, (row.started_at, key, row))
                 if len(latest) > limit:
                     heapq.heappop(latest)
-        return [row for _, _, row in sorted(latest, key=lambda one: one[:2], reverse=True)], late
+        rows = [row for _, _, row in sorted(latest, key=lambda one: one[:2], reverse=True)]
+        waiting = await _waiting(connection, [row for row in rows if row.ended_at is None])
+        return [(row, waiting.get(row.saga_id, ())) for row in rows], late
+
+
+async def _waiting(connection: Connection, rows: Sequence[SagaRow]) -> dict[UUID, tuple[str, ...]]:
+    """From their streams: the list itself has no steps."""
+    if not rows:
+        return {}
+    found = await connection.store.load([Wanted(saga_stream(row.definition, row.saga_id)) for row in rows])
+    return {row.saga_id: describe(part.records).waiting for row, part in zip(rows, found, strict=True) if part.records}
 
 
 async def _catch_up(connection: Connection, timeout: float) -> str | None:

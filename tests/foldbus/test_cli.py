@@ -193,6 +193,7 @@ class TestLag:
                 await connection.send(desk.module.Open(ticket_id=f"t{number}", number=number))
             async with connection.unit() as unit:
                 unit.publish(desk.module.Opened(ticket_id="t9", number=9))
+            await connection.execute(desk.module.Note(ticket_id="t9"))  # a private event: nobody publishes it
 
         desk.do(send, worker=False)
         found = desk.cli("lag", "--json").data
@@ -200,11 +201,11 @@ class TestLag:
         for one in found["groups"]:
             behind[one["group"]] = behind.get(one["group"], 0) + one["behind"]
         assert behind == {"desk": 3, "desk.saga.tidy": 0, "desk.replies": 0}
-        assert (found["relay"]["waiting"], found["relay"]["behind"]) == (1, 1)
+        assert (found["relay"]["waiting"], found["relay"]["behind"]) == (1, 2)
         assert found["relay"]["oldest_s"] >= 0
         assert {one["name"]: (one["generation"], one["behind"]) for one in found["projections"]} == {
-            "tickets": (0, 1),
-            "foldbus-sagas": (0, 1),
+            "tickets": (0, 2),
+            "foldbus-sagas": (0, 2),
         }
 
     def test_is_nothing_once_a_worker_is_through(self, desk: Desk) -> None:
@@ -243,6 +244,9 @@ class TestSagas:
             assert listed["t13"]["error"] == "RuntimeError: a bug at thirteen"
             assert listed["t7"]["waiting"] == ["2"]
             parked, running = listed["t13"]["saga_id"], listed["t7"]["saga_id"]
+            lines = {line.split()[0]: line for line in desk.cli("saga list").out.splitlines()}
+            assert lines[parked].endswith("RuntimeError: a bug at thirteen")
+            assert lines[running].split()[-3:] == ["t7", "2", "-"]
 
             desk.module.BROKEN = False  # the fix is deployed
             assert desk.cli("saga retry", parked, "--json").data == {"saga": parked, "done": True, "refused": None}
