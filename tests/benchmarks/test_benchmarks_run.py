@@ -4,6 +4,7 @@ of a fraction of a second on a busy machine mean nothing."""
 import asyncio
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -26,6 +27,19 @@ async def test_a_benchmark_measures_each_of_its_variants(name: str, kafka: str, 
     if name != "purchases":  # its two pairs of backends are no floor of each other
         compared = {row.case for row in rows if row.ratio is not None}
         assert compared == cases.keys()
+
+
+@pytest.mark.timeout(120)
+async def test_costs_says_where_the_time_of_a_purchase_goes() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks.costs", "--purchases", "20"),
+        cwd=Path(__file__).parents[2],
+        stdout=asyncio.subprocess.PIPE,
+    )
+    said, _ = await process.communicate()
+    assert process.returncode == 0
+    assert b"20 purchases" in said
+    assert b"_Till.sell" in said or b"UnitProcessor.process" in said
 
 
 class TestCompare:
