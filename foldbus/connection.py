@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 from uuid import UUID
 
@@ -18,7 +19,7 @@ from pydantic import BaseModel
 
 from bus.codec import check_size, died_error
 from bus.envelope import Envelope, Origin, ReplyOutcome, ReplyTo, Token
-from bus.errors import Cancelled, Died, OutcomeUnknown
+from bus.errors import Cancelled, Died, OutcomeUnknown, TransportUnavailable
 from bus.messages import Command, Event, Message, Refused
 from bus.metrics import MemoryMetrics, Metrics
 from bus.processing import Again, Failed, Item
@@ -59,6 +60,7 @@ class Status:
 
 
 _TOKEN = "_foldbus_token"
+_LOST_RACES_AT_ONCE = 20
 
 
 def token_of(answer: object) -> Token | None:
@@ -165,7 +167,6 @@ class Connection:
         when no answer came in `timeout_s`: call again with `id=error.id`, which has no second effect and brings the
         stored answer.
         """
-        await self.inbox.ready()
         message_id = id or self.ids.new()
         to = ReplyTo(self.inbox.topic, self.inbox.instance, self.inbox.instance)
         deadline = self.clock.now() + timedelta(seconds=timeout_s)
@@ -174,11 +175,15 @@ class Connection:
         answer = self.inbox.expect(message_id)
         try:
             async with asyncio.timeout(timeout_s):
+                await self.inbox.ready()
                 await self.publisher.publish(envelope)
                 reply = await asyncio.shield(answer)
         except TimeoutError:
             self.metrics.count("foldbus_unknown_outcomes_total")
             raise OutcomeUnknown(message_id, why=f"no answer within {timeout_s} s") from None
+        except TransportUnavailable as error:
+            self.metrics.count("foldbus_unknown_outcomes_total")
+            raise OutcomeUnknown(message_id, why=f"the broker does not answer: {error}") from error
         finally:
             self.inbox.forget(message_id)
         return self._answer(command, reply, receipt=receipt)
@@ -192,14 +197,13 @@ class Connection:
         processor = self._own_processor()
         message_id = id or self.ids.new()
         item = Item(self.envelope(command, topic=None, id=message_id), None)
-        while True:
+        for attempt in count():
             (result,) = await processor.process([item], {})
             if isinstance(result, Failed):
                 raise result.error
             if not isinstance(result, Again):
                 break
-            if result.after_s:
-                await asyncio.sleep(result.after_s)
+            await asyncio.sleep(max(result.after_s, 0.0 if attempt < _LOST_RACES_AT_ONCE else 0.05))
         (standing,) = await self.store.examine(processor.consumer, [(message_id, command.key)])
         if standing.reply is None:
             raise Died(message_id, error=f"its claim says {standing.state}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from itertools import islice
 from uuid import UUID
 
 from bus.cloudevents import from_record, to_record
@@ -13,7 +14,7 @@ from bus.codec import check_size
 from bus.envelope import Envelope
 from bus.errors import BadInput, OutcomeUnknown, TransportUnavailable
 from bus.metrics import Metrics
-from bus.transport import Ack, Failed, Outgoing, Published, Transport
+from bus.transport import Ack, Consumer, Failed, Outgoing, Published, Transport
 
 log = logging.getLogger("foldbus.client")
 
@@ -24,19 +25,25 @@ class Publisher:
     def __init__(self, transport: Transport, *, batch_max: int = 500, waiting_max: int = 10_000) -> None:
         self._transport, self._batch_max = transport, batch_max
         self._room = asyncio.Semaphore(waiting_max)
-        self._waiting: list[tuple[Outgoing, asyncio.Future[Published]]] = []
+        self._waiting: dict[asyncio.Future[Published], Outgoing] = {}
         self._task: asyncio.Task[None] | None = None
 
     async def publish(self, envelope: Envelope) -> None:
-        """Returns when it is in the topic. Raises MessageTooLarge or MissingTopics (it is not), OutcomeUnknown."""
+        """Returns when it is in the topic. Raises MessageTooLarge or MissingTopics (it is not), OutcomeUnknown.
+
+        Cancelled before its turn came, it is not sent at all.
+        """
         check_size(envelope, self._transport.max_bytes)
         record = to_record(envelope)
         async with self._room:
             answer: asyncio.Future[Published] = asyncio.get_running_loop().create_future()
-            self._waiting.append((record, answer))
+            self._waiting[answer] = record
             if self._task is None or self._task.done():
                 self._task = asyncio.create_task(self._drain())
-            result = await asyncio.shield(answer)
+            try:
+                result = await answer
+            finally:
+                self._waiting.pop(answer, None)
         match result:
             case Ack():
                 return
@@ -47,15 +54,16 @@ class Publisher:
 
     async def _drain(self) -> None:
         while self._waiting:
-            batch, self._waiting = self._waiting[: self._batch_max], self._waiting[self._batch_max :]
+            answers = list(islice(self._waiting, self._batch_max))
+            batch = [self._waiting.pop(answer) for answer in answers]
             try:
-                results: Sequence[Published] = await self._transport.publish([record for record, _ in batch])
+                results: Sequence[Published] = await self._transport.publish(batch)
             except Exception as error:
-                for _, answer in batch:
+                for answer in answers:
                     if not answer.done():
                         answer.set_exception(error)
                 continue
-            for (_, answer), result in zip(batch, results, strict=True):
+            for answer, result in zip(answers, results, strict=True):
                 if not answer.done():
                     answer.set_result(result)
 
@@ -76,43 +84,66 @@ class Inbox:
         self.topic, self.instance = topic, instance
         self._transport, self._metrics = transport, metrics
         self._pending: dict[UUID, asyncio.Future[Envelope]] = {}
-        self._stack = AsyncExitStack()
+        self._waiters: Counter[UUID] = Counter()
         self._reading: asyncio.Task[None] | None = None
-        self._starting = asyncio.Lock()
+        self._ready: asyncio.Future[None] | None = None
         self._closing = False
 
     def expect(self, command_id: UUID) -> asyncio.Future[Envelope]:
-        """Call before sending; `forget` afterwards. Two waiters for one id share the answer."""
+        """Call before sending; `forget` afterwards, as often. Two waiters for one id share the answer."""
+        self._waiters[command_id] += 1
         waiting = self._pending.get(command_id)
         if waiting is None:
             waiting = self._pending[command_id] = asyncio.get_running_loop().create_future()
         return waiting
 
     def forget(self, command_id: UUID) -> None:
-        self._pending.pop(command_id, None)
+        self._waiters[command_id] -= 1
+        if self._waiters[command_id] <= 0:
+            del self._waiters[command_id]
+            self._pending.pop(command_id, None)
 
     async def ready(self) -> None:
-        """Returns once every reply from now on will be seen."""
-        async with self._starting:
-            if self._reading is None:
-                consumer = await self._stack.enter_async_context(self._transport.tail(self.topic, start="end"))
+        """Returns once every reply from now on will be seen. Raises what kept the topic from being opened."""
+        if self._reading is None or self._reading.done():
+            self._ready = asyncio.get_running_loop().create_future()
+            self._reading = asyncio.create_task(self._read(self._ready))
+        assert self._ready is not None
+        await asyncio.shield(self._ready)
 
-                async def read() -> None:
-                    while not self._closing:
-                        try:
-                            deliveries = await consumer.poll(max_records=1000, timeout_s=0.5)
-                        except TransportUnavailable as error:
-                            log.warning("inbox %s waits: %s", self.topic, error)
-                            await asyncio.sleep(0.2)
-                            continue
-                        for delivery in deliveries:
-                            try:
-                                self._take(from_record(delivery))
-                            except BadInput as error:
-                                self._metrics.count("foldbus_skipped_total", why="undecodable", topic=self.topic)
-                                log.warning("inbox %s@%s: %s", self.topic, delivery.offset, error)
+    async def _read(self, ready: asyncio.Future[None]) -> None:
+        """Until closed. What ends a reader (its place in the topic was deleted) is followed by a new one at the end;
+        answers in between are missed: whoever waits for them asks again with the same id."""
+        while not self._closing:
+            try:
+                async with self._transport.tail(self.topic, start="end") as consumer:
+                    if not ready.done():
+                        ready.set_result(None)
+                    await self._read_on(consumer)
+            except Exception as error:
+                if not ready.done():
+                    ready.set_exception(error)
+                    ready.exception()  # seen, also when nobody waits any more
+                    return
+                self._metrics.count("foldbus_inbox_reopened_total", topic=self.topic)
+                log.error("inbox %s is opened anew: %s: %s", self.topic, type(error).__name__, error)
+                await asyncio.sleep(0.2)
 
-                self._reading = asyncio.create_task(read())
+    async def _read_on(self, consumer: Consumer) -> None:
+        while not self._closing:
+            try:
+                deliveries = await consumer.poll(max_records=1000, timeout_s=0.5)
+            except TransportUnavailable as error:
+                self._metrics.count("foldbus_transport_unavailable_total", topic=self.topic)
+                log.warning("inbox %s waits: %s", self.topic, error)
+                await asyncio.sleep(0.2)
+                continue
+            for delivery in deliveries:
+                try:
+                    self._take(from_record(delivery))
+                except BadInput as error:
+                    self._metrics.count("foldbus_skipped_total", why="undecodable", topic=self.topic)
+                    log.warning("inbox %s@%s: %s", self.topic, delivery.offset, error)
 
     def _take(self, reply: Envelope) -> None:
         if reply.reply_to is None or reply.reply_to.instance != self.instance:
@@ -127,5 +158,6 @@ class Inbox:
     async def close(self) -> None:
         self._closing = True
         if self._reading is not None:
+            if self._ready is not None and not self._ready.done():
+                self._reading.cancel()  # it is still being opened; a poll, in contrast, is not to be cancelled
             await asyncio.gather(self._reading, return_exceptions=True)
-        await self._stack.aclose()

@@ -17,7 +17,7 @@ from datetime import datetime
 from uuid import uuid5
 
 from bus.cloudevents import to_record
-from bus.envelope import Envelope, Failure, Position
+from bus.envelope import Envelope, Failure, Kind, Position
 from bus.errors import Fenced, MissingTopics
 from bus.metrics import Metrics
 from bus.seams import Clock, Failpoint
@@ -38,6 +38,9 @@ class RelaySettings:
     retry_max_s: float = 5.0
     missing_retry_s: float = 1.0
     """How often a topic that does not exist is tried again."""
+    missing_reply_s: float = 60.0
+    """A reply whose topic is missing for so long becomes a dead letter: whoever asked for it had that topic, or never
+    will; other records wait."""
     waiting_max: int = 10_000
     """So many records may wait for missing topics; then the relay stands still until one of them appears."""
     prune_every: int = 20_000
@@ -83,7 +86,7 @@ class Relay:
         waits for a topic. A successor begins at `marked` and publishes what came after it once more."""
         lease = leadership.lease
         read = marked = lease.position
-        waiting = _Waiting()
+        waiting = _Waiting(self._clock)
         while not leadership.lost:
             if waiting and await self._retry(waiting, leadership):
                 marked = await self._mark(lease, marked, waiting.marks_up_to(read))
@@ -121,9 +124,25 @@ class Relay:
         waiting.next_try = now + self._settings.missing_retry_s
         before = len(waiting)
         for topic in list(waiting.topics):
-            records = waiting.topics.pop(topic)
-            waiting.add(await self._publish(records, leadership))
+            records, since = waiting.topics.pop(topic), waiting.since.pop(topic)
+            missing = await self._publish(records, leadership)
+            if missing and now - since >= self._settings.missing_reply_s:
+                missing = await self._without_replies(missing)
+            waiting.add(missing)
+            if missing:
+                waiting.since[topic] = since
         return len(waiting) < before
+
+    async def _without_replies(self, missing: Sequence[Envelope]) -> Sequence[Envelope]:
+        """Those that are no replies; replies become dead letters."""
+        kept: list[Envelope] = []
+        for envelope in missing:
+            if envelope.kind is Kind.REPLY:
+                assert envelope.topic is not None
+                await self._dead_letter(envelope, MissingTopics([envelope.topic]), 1, self._clock.now())
+            else:
+                kept.append(envelope)
+        return kept
 
     async def _publish(self, envelopes: Sequence[Envelope], leadership: Leadership) -> Sequence[Envelope]:
         """In order per partition: from the first that is not acknowledged on, a partition's records are sent again. A
@@ -179,8 +198,10 @@ class Relay:
 class _Waiting:
     """Records whose topic does not exist yet, by topic, in order. Others' records pass them by."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self.topics: dict[str, list[Envelope]] = {}
+        self.since: dict[str, float] = {}
         self.next_try = 0.0
 
     def __len__(self) -> int:
@@ -191,6 +212,7 @@ class _Waiting:
             assert record.topic is not None
             if record.topic not in self.topics:
                 log.warning("relay: topic %s does not exist, its records wait, others go on", record.topic)
+                self.since[record.topic] = self._clock.monotonic()
             self.topics.setdefault(record.topic, []).append(record)
 
     def behind(self, records: Sequence[Envelope]) -> list[Envelope]:

@@ -264,7 +264,8 @@ class UnitProcessor:
                 [work.unit for work in staged if work.unit is not None], watermarks=marks
             )
         except BadUnit as error:
-            return await self._commit_one_by_one(staged, works, error)
+            await self._commit_one_by_one(staged, works, error)
+            return
         self._failpoint.hit(self._after)
         dropped: set[StreamId] = set()
         resend: list[Unit] = []

@@ -177,7 +177,13 @@ class Publisher:
         except TransportUnavailable as error:
             return dict.fromkeys(names, Unknown(error))
         except BusError as error:
-            return {name: Failed(error) for name in names}
+            if len(names) == 1:
+                return {name: Failed(error) for name in names}
+            # One of them is refused (no right to it, no possible name) and must not take the others along.
+            trouble: dict[str, Failed | Unknown] = {}
+            for name in sorted(names):
+                trouble |= await self._learn({name})
+            return trouble
         self._topics.update(found)
         missing = names - found.keys()
         if missing:
