@@ -175,7 +175,7 @@ def unfit(good: Outgoing, kind: bytes) -> list[Bad]:
         Bad(replace(good, value=b'{"till": "%s", "n": "many"}' % key), ("valid integer", "found 'many'")),
         Bad(replace(good, value=b"\xff\xfe"), (kind.decode(), "JSON")),
         Bad(replace(good, value=b"[" * 100_000), (kind.decode(), "JSON")),
-        Bad(with_full_headers(good, b'{"till": "no end' + b"x" * 999_000), (service.decode(), "JSON")),
+        Bad(with_full_headers(good, b'{"till": "no end' + b"x" * 999_900), (service.decode(), "JSON")),
     ]  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def fresh(bad: Bad) -> Bad:
 
 def with_full_headers(good: Outgoing, value: bytes) -> Outgoing:
     """As large as a record may be, with as many headers as one may have: its copy has the least room."""
-    more: Headers = tuple((f"x-{n}", b"h" * 1000) for n in range(62))
+    more: Headers = tuple((f"x-{n}", b"h" * 1000) for n in range(63))
     return replace(good, headers=(*good.headers, *more), value=value)
 
 
@@ -213,7 +213,14 @@ def bad_commands(world: World, key: str) -> list[Bad]:
 
 def bad_events(world: World, key: str) -> list[Bad]:
     good = record_of(world.till, world.sold(till=key, n=-1), world.events)
-    return [*unreadable(good), *unfit(good, f"{world.till.name}.sold.v1".encode())]
+    called = f"{world.till.name}.painted.v3".encode()
+    return [
+        *unreadable(good),
+        *unfit(good, f"{world.till.name}.sold.v1".encode()),
+        # A position that none of ours has reached: were it believed, all that follows would be taken for replays.
+        Bad(changed(good, ce_position=b"9" * 18, ce_time=b"noon"), ("time is b'noon'", "wanted a time as in RFC 3339")),
+        Bad(changed(good, ce_position=b"9" * 30, ce_type=called), ("position is b'9999", "wanted a number from 0 to")),
+    ]
 
 
 def bad_for_one(world: World, key: str) -> list[Bad]:
@@ -346,7 +353,8 @@ async def test_each_bad_record_becomes_a_dead_letter_and_all_others_are_handled_
             replies = Strangers(outside, bad_replies(world, KEYS[0]))
             checked = Strangers(outside, bad_for_one(world, KEYS[0]))
             named_by_nobody = record_of(world.till, world.sold(till=KEYS[0], n=-2), world.events)
-            named_by_nobody = changed(named_by_nobody, ce_type=f"{world.till.name}.painted.v3".encode())
+            painted = f"{world.till.name}.painted.v3".encode()  # a stranger's, with a position of its own
+            named_by_nobody = changed(named_by_nobody, ce_type=painted, ce_kind=None, ce_position=b"9" * 18)
             for n in range(SALES):
                 key = KEYS[n % len(KEYS)] if n % 3 else KEYS[0]
                 expected[key].append(100 + n)
