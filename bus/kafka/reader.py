@@ -150,6 +150,9 @@ class Reader:
             log.warning("a consumer did not stop in time: its broker does not answer")
             stopping.cancel()
             await internals.abandon_consumer(self.raw)
+        elif stopping.cancelled() or stopping.exception() is not None:
+            # A fetch that could not reach its broker ends aiokafka's stop half-way, and its client would stay.
+            await internals.abandon_consumer(self.raw)
         await asyncio.gather(stopping, return_exceptions=True)
         if self._fetch is not None:  # the consumer is gone: now a fetch may be cancelled
             self._fetch.cancel()
