@@ -12,24 +12,22 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from uuid import NAMESPACE_URL, UUID, uuid5
+from uuid import UUID
 
-from bus.codec import HEADROOM_BYTES, check_size, died_reply, reply_envelope
+from bus.codec import check_size, died_reply, reply_envelope
 from bus.envelope import Envelope, Failure, Kind, Origin, ReplyOutcome, StreamId, Version
 from bus.errors import BadInput
 from bus.metrics import Metrics
 from bus.processing import Again, Done, Failed, Item, Result, Watermarks
 from bus.seams import Clock, Failpoint, Ids
-from bus.topics import DEAD_LETTER_ROOM_BYTES
 from bus.transport import Delivery
 from eventstore.behaviour import Behaviour, Decision
 from eventstore.errors import BadUnit
+from eventstore.letters import DeadLetters
 from eventstore.port import (
     Append,
-    CancelTimer,
     Claim,
     ClaimState,
-    DeadLetter,
     Fence,
     Outcome,
     Standing,
@@ -100,6 +98,7 @@ class UnitProcessor:
         self._service, self._behaviour, self._store, self._wants = service, behaviour, store, wants
         self._ids, self._clock, self._metrics, self._failpoint = ids, clock, metrics, failpoint
         self._max_bytes = max_bytes
+        self._letters = DeadLetters(service, consumer, clock=clock, metrics=metrics, max_bytes=max_bytes)
         self._before, self._after = f"before-{commit_failpoint}", f"after-{commit_failpoint}"
         self._cache = StateCache(cache_size)
 
@@ -323,40 +322,12 @@ class UnitProcessor:
     # --- giving up ----------------------------------------------------------------------------------------------
 
     async def give_up(self, item: Item, failure: Failure) -> Result:
-        envelope, delivery = item.envelope, item.delivery
+        envelope = item.envelope
         origin = self._origin(envelope)
         reply = died_reply(envelope, f"{failure.error}: {failure.message}", origin) if _answered(envelope) else None
-        letter = DeadLetter(
-            consumer=self.consumer,
-            id=envelope.id,
-            topic=delivery.topic if delivery else "",
-            partition=delivery.partition if delivery else -1,
-            offset=delivery.offset if delivery else -1,
-            key=delivery.key if delivery else envelope.key.encode(),
-            value=delivery.value if delivery else envelope.data,
-            headers=delivery.headers if delivery else (),
-            failure=failure,
-            type=envelope.type,
-        )
-        headers = {**envelope.headers, **_history(letter)}
-        copy = replace(
-            envelope,
-            id=uuid5(envelope.id, f"dead-letter:{self.consumer}"),
-            data=self._fitting(envelope.data, headers),
-            topic=f"{self._service}.dlq",
-            reply_to=None,
-            causation_id=envelope.id,
-            headers=headers,
-        )
-        unit = Unit(
-            claim=Claim(self.consumer, envelope.id, envelope.key, reply=reply, state=ClaimState.DEAD),
-            outgoing=(copy,),
-            # A timer that came from no topic must go, or it is due again at the end of every lease.
-            timers=() if delivery else (CancelTimer(self.consumer, envelope.id),),
-            dead_letter=letter,
-        )
+        unit = self._letters.of_message(envelope, failure, delivery=item.delivery, reply=reply)
         (outcome,) = await self._store.commit([unit])
-        self._report(letter, outcome)
+        self._letters.report(unit, outcome)
         if outcome.verdict is Verdict.COMMITTED:
             return Done()
         resend: list[Unit] = []
@@ -366,48 +337,9 @@ class UnitProcessor:
         return result
 
     async def give_up_raw(self, delivery: Delivery, failure: Failure) -> None:
-        place = f"{delivery.topic}/{delivery.partition}/{delivery.offset}"
-        letter = DeadLetter(
-            consumer=self.consumer,
-            id=uuid5(NAMESPACE_URL, f"foldbus:{place}"),
-            topic=delivery.topic,
-            partition=delivery.partition,
-            offset=delivery.offset,
-            key=delivery.key,
-            value=delivery.value,
-            headers=delivery.headers,
-            failure=failure,
-        )
-        headers = _history(letter)
-        copy = Envelope(
-            id=uuid5(letter.id, f"dead-letter:{self.consumer}"),
-            kind=Kind.EVENT,
-            type="foldbus.dead-letter.v1",
-            source=self._service,
-            key=place,
-            data=self._fitting(delivery.value or b"", headers),
-            time=self._clock.now(),
-            correlation_id=letter.id,
-            topic=f"{self._service}.dlq",
-            headers=headers,
-        )
-        claim = Claim(self.consumer, letter.id, place, state=ClaimState.DEAD)
-        (outcome,) = await self._store.commit([Unit(claim=claim, outgoing=(copy,), dead_letter=letter)])
-        self._report(letter, outcome)
-
-    def _fitting(self, data: bytes, headers: Mapping[str, str]) -> bytes:
-        """The copy's bytes: whole, unless the record was larger than the `.dlq` may hold; the row has all of it."""
-        taken = HEADROOM_BYTES + sum(len(name) + len(value.encode()) for name, value in headers.items())
-        return data[: self._max_bytes + DEAD_LETTER_ROOM_BYTES - taken]
-
-    def _report(self, letter: DeadLetter, outcome: Outcome) -> None:
-        if outcome.verdict is Verdict.COMMITTED:
-            self._metrics.count("foldbus_dead_letters_total", consumer=self.consumer, error=letter.failure.error)
-            log.error(
-                "%s: dead letter %s from %s[%s]@%s after %s attempts: %s: %s",
-                self.consumer, letter.id, letter.topic, letter.partition, letter.offset,
-                letter.failure.attempts, letter.failure.error, letter.failure.message,
-            )  # fmt: skip
+        unit = self._letters.of_record(delivery, failure)
+        (outcome,) = await self._store.commit([unit])
+        self._letters.report(unit, outcome)
 
     # --- watermarks ---------------------------------------------------------------------------------------------
 
@@ -447,32 +379,6 @@ def _had_effect(standing: Standing) -> bool:
 
 def _answered(envelope: Envelope) -> bool:
     return envelope.kind in (Kind.COMMAND, Kind.QUERY)
-
-
-_HEADER_MAX = 4096
-
-
-def _history(letter: DeadLetter) -> dict[str, str]:
-    """The dead letter's history as headers of its copy in the `.dlq` topic, bounded so that the copy always fits."""
-    failure = letter.failure
-    facts = {
-        "topic": letter.topic,
-        "partition": str(letter.partition),
-        "offset": str(letter.offset),
-        "consumer": letter.consumer,
-        "attempts": str(failure.attempts),
-        "error": failure.error,
-        "message": failure.message,
-        "stack": failure.stack,
-        "first-failed-at": failure.first_failed_at.isoformat(),
-        "failed-at": failure.failed_at.isoformat(),
-        "code-version": failure.code_version,
-    }
-    return {f"x-dlq-{name}": _bounded(value) for name, value in facts.items() if value}
-
-
-def _bounded(text: str) -> str:
-    return text.replace("\x00", "\N{SYMBOL FOR NULL}").encode(errors="replace")[:_HEADER_MAX].decode(errors="ignore")
 
 
 def any_of(types: Iterable[str]) -> Callable[[str], bool]:
