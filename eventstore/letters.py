@@ -1,7 +1,7 @@
 """Making dead letters: the unit that gives a message up, the same for handlers, sagas and projections.
 
 A dead letter is a row with the bytes as they came, committed with the claim, and a copy in the service's `.dlq` topic
-whose headers `x-dlq-…` tell its history. The claim makes a second giving-up do nothing: it may be repeated after a crash.
+whose headers `x-dlq-…` tell its history. The claim makes a second giving-up do nothing, so it may be repeated.
 """
 
 from __future__ import annotations
