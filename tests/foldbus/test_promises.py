@@ -27,7 +27,7 @@ from tests.eventstore.stores import message, reply
 from tests.foldbus.test_relay import Topics, marked, on, relaying, until
 from tests.foldbus.test_runtime import Reserve, codec, ids, item, kinds, left, processor, settle, stock
 from tests.stories.conftest import PAIRS
-from tests.stories.pairs import Pair, eventually, unique
+from tests.stories.pairs import QUICK, Pair, eventually, unique
 
 
 @pytest.fixture(params=PAIRS)
@@ -234,14 +234,15 @@ class TestTwoWorkers:
 
 
 class TestStopping:
-    async def test_that_is_cancelled_leaves_nothing_running(self, pair: Pair) -> None:
-        """The second Ctrl-C: the drain is cut short, and relay and projections end all the same."""
+    async def test_that_is_cancelled_leaves_nothing_running(self, pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+        """The second Ctrl-C: engines still drain within their bound, and relay and projections end all the same."""
         counter = Counter()
+        settings = replace(QUICK, engine=replace(QUICK.engine, drain_timeout_s=1.0, commit_timeout_s=1.0))
         before = asyncio.all_tasks()
         reached, gate = asyncio.Event(), asyncio.Event()
 
         async def serve() -> None:
-            async with pair.connect(counter.service) as connection:
+            async with pair.connect(counter.service, settings=settings) as connection:
                 store = connection.store
                 assert connection.worker is not None
                 await connection.request(counter.add(key_="a", n=1), timeout_s=20)
@@ -267,6 +268,9 @@ class TestStopping:
             return [task.get_name() for task in asyncio.all_tasks() - before - {serving}]
 
         await eventually(running, lambda found: not found, timeout_s=8)
+        # They were ended, and did not fail because their store was closed under them.
+        assert [one.message for one in caplog.records if one.levelname == "CRITICAL"] == []
+        assert not [one for one in caplog.records if one.name == "foldbus.relay"]
 
 
 class TestStarting:
