@@ -136,6 +136,24 @@ async def published(connection: Connection) -> None:
     await until(done)
 
 
+async def settled(connection: Connection) -> None:
+    """Everything is published, and this connection's worker has handled what that gave rise to."""
+    worker = connection.worker
+    assert worker is not None
+
+    async def done() -> bool:
+        head = await connection.store.head()
+        idle = [await engine.caught_up() for engine in worker.engines]
+        return (
+            all(idle)
+            and await connection.store.leases.position("relay") >= head
+            and await connection.store.head() == head
+        )
+
+    await until(done)
+    await until(done)  # what the relay put into a topic between the two looks above is handled as well
+
+
 async def until(there: Callable[[], Awaitable[bool]], *, within_s: float = 20) -> None:
     async with asyncio.timeout(within_s):
         while True:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from foldbus import Connection
-from tests.foldbus.desk import Desk, dead_letters, published
+from tests.foldbus.desk import Desk, dead_letters, settled
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_service_is_prepared_looked_at_and_replayed(desk: Desk) -> None:
         await dead_letters(connection, 1)
         async with asyncio.timeout(30):
             await connection.request(desk.module.Open(ticket_id="t13", number=13), timeout_s=20)
-        await published(connection)
+        await settled(connection)
 
     desk.do(work)
     assert behind(desk)[desk.name] == 0
