@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -175,16 +174,29 @@ class _Till:
 
 
 def _backends(options: Options) -> tuple[str, str]:
-    """The embedded ones get an empty directory; a directory that no demo made is left alone."""
+    """The embedded ones begin empty: what an earlier demo made there is removed, and nothing else ever is."""
     directory = options.directory.absolute()
     if options.store is None or options.bus is None:
-        if directory.exists() and any(directory.iterdir()):
-            if not (directory / _MARK).exists():
-                raise DemoFailed(f"{directory} holds something that no demo made; wanted an empty directory")
-            shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        _clear(directory)
         (directory / _MARK).touch()
     return options.store or f"sqlite:{directory}", options.bus or f"embedded:{directory}"
+
+
+def _clear(directory: Path) -> None:
+    """Raises DemoFailed, removing nothing, when the directory is not a demo's or holds somebody's database."""
+    if any(directory.iterdir()) and not (directory / _MARK).exists():
+        raise DemoFailed(f"{directory} holds something that no demo made; wanted an empty directory")
+    made = {"bus.db", *(f"{service.name}.db" for service in SERVICES)}
+    others = sorted(path.name for path in directory.glob("*.db") if path.name not in made)
+    if others:
+        raise DemoFailed(
+            f"{directory} holds {', '.join(others)}, which no demo made, and the demo begins on an empty bus; nothing "
+            "was removed: move them elsewhere, or give the demo another directory with --directory"
+        )
+    for name in made:
+        for part in (name, f"{name}-wal", f"{name}-shm"):
+            (directory / part).unlink(missing_ok=True)
 
 
 async def _prepare(store: str, bus: str) -> None:

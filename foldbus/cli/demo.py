@@ -31,7 +31,9 @@ def demo(
     seed: Annotated[int | None, typer.Option(help="Which moments to kill at")] = None,
     store: StoreOption = None,
     bus: BusOption = None,
-    directory: Annotated[Path, typer.Option(help="Where the embedded backends live; emptied")] = Path(".foldbus/demo"),
+    directory: Annotated[
+        Path, typer.Option(help="Where the embedded backends live; what an earlier demo left there is removed")
+    ] = Path(".foldbus/demo"),
     as_json: JsonOption = False,
 ) -> None:
     """A shop takes real purchases: commands, events, a saga that undoes itself, a read model, its rebuild."""
