@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from bus.errors import FoldbusError
 from bus.metrics import Metrics
@@ -41,7 +42,7 @@ class StoreUrl:
     def parse(cls, url: str) -> StoreUrl:
         scheme = url.partition(":")[0]
         if scheme == "sqlite":
-            return cls("sqlite", str(_directory(url)))
+            return cls("sqlite", str(directory_of(url)))
         if scheme in ("postgresql", "postgres", "postgresql+asyncpg"):
             return cls("postgresql", "postgresql:" + url.partition(":")[2])
         raise BadUrl(f"store URL starts with {scheme!r}; wanted sqlite:DIRECTORY or postgresql://user@host/database")
@@ -114,7 +115,7 @@ async def open_transport(
     if scheme == "embedded":
         from bus.embedded import EmbeddedTransport
 
-        directory = _directory(url)
+        directory = directory_of(url)
         directory.mkdir(parents=True, exist_ok=True)
         timings = settings or PollSettings(session_timeout_s=3.0, heartbeat_s=0.5, rebalance_timeout_s=20.0)
         async with EmbeddedTransport.open(
@@ -133,7 +134,17 @@ async def open_transport(
         raise BadUrl(f"bus URL starts with {scheme!r}; wanted embedded:DIRECTORY or kafka://host:port")
 
 
-def _directory(url: str) -> Path:
+def without_password(url: str) -> str:
+    """A store or bus URL as it may be shown."""
+    scheme, _, rest = url.partition(":")
+    if scheme in ("sqlite", "embedded") or not rest.startswith("//"):
+        return url
+    where = urlsplit(url)
+    user, at, hosts = where.netloc.rpartition("@")
+    return f"{scheme}://{user.partition(':')[0]}{at}{hosts}{where.path}"
+
+
+def directory_of(url: str) -> Path:
     """`sqlite:DIR`, `sqlite:///relative/DIR` and `sqlite:////absolute/DIR` alike."""
     rest = url.partition(":")[2]
     if rest.startswith("///"):

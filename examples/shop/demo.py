@@ -19,7 +19,7 @@ from bus.cloudevents import from_record
 from bus.seams import SystemClock
 from bus.topics import apply
 from foldbus import Connection, FoldbusError, MemoryMetrics, OutcomeUnknown, Service, TransportUnavailable
-from foldbus.backends import migrate_store, open_transport
+from foldbus.backends import directory_of, migrate_store, open_transport, without_password
 from foldbus.progress import Progress
 from shop import insights, orders, payments, warehouse
 from shop.crash import Crashes, SteadyWorkers, Workers
@@ -58,6 +58,9 @@ class Report:
     differing: list[str] = field(default_factory=list[str])
     differing_rebuilt: list[str] = field(default_factory=list[str])
     undone: list[str] = field(default_factory=list[str])
+    store: str = ""
+    bus: str = ""
+    """Where it was sold, without passwords."""
     kills: int = 0
     seed: int | None = None
     counters: dict[str, int] = field(default_factory=dict[str, int])
@@ -88,7 +91,7 @@ async def run(options: Options, progress: Progress) -> Report:
     expected, customers = plain_pass(iter(purchases))
     store, bus = _backends(options)
     await _prepare(store, bus)
-    report = Report(Figures(), expected, bad_rows, 0.0)
+    report = Report(Figures(), expected, bad_rows, 0.0, store=without_password(store), bus=without_password(bus))
     metrics = MemoryMetrics()
     async with AsyncExitStack() as stack:
         workers: Workers
@@ -176,11 +179,17 @@ class _Till:
 def _backends(options: Options) -> tuple[str, str]:
     """The embedded ones begin empty: what an earlier demo made there is removed, and nothing else ever is."""
     directory = options.directory.absolute()
-    if options.store is None or options.bus is None:
+    if _lives_in(directory, options.store) or _lives_in(directory, options.bus):
         directory.mkdir(parents=True, exist_ok=True)
         _clear(directory)
         (directory / _MARK).touch()
     return options.store or f"sqlite:{directory}", options.bus or f"embedded:{directory}"
+
+
+def _lives_in(directory: Path, url: str | None) -> bool:
+    if url is None:
+        return True
+    return url.partition(":")[0] in ("sqlite", "embedded") and directory_of(url).absolute() == directory
 
 
 def _clear(directory: Path) -> None:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from foldbus.cli.loading import BusOption, CannotLoad, JsonOption, StoreOption, log_to_stderr
+from foldbus.cli.loading import BusOption, CannotLoad, JsonOption, StoreOption, log_to_stderr, settings
 from foldbus.process import tune
 from foldbus.progress import Progress
 
@@ -32,8 +32,12 @@ def demo(
     store: StoreOption = None,
     bus: BusOption = None,
     directory: Annotated[
-        Path, typer.Option(help="Where the embedded backends live; what an earlier demo left there is removed")
-    ] = Path(".foldbus/demo"),
+        Path | None,
+        typer.Option(
+            help="Where embedded backends live, whatever the environment says (.foldbus/demo); "
+            "what an earlier demo left there is removed"
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """A shop takes real purchases: commands, events, a saga that undoes itself, a read model, its rebuild."""
@@ -41,11 +45,16 @@ def demo(
     tune()
     shop = _shop()
     options: dict[str, Any] = {"purchases": purchases} if purchases else {}
+    said = settings(store, bus)
+    if directory is not None:
+        options["directory"] = directory
+    else:
+        store = said.store if "store" in said.model_fields_set else None
+        bus = said.bus if "bus" in said.model_fields_set else None
     report = asyncio.run(
         shop.run(
             shop.Options(
-                limit=None if everything else limit, store=store, bus=bus, directory=directory, crash=crash, seed=seed,
-                **options,
+                limit=None if everything else limit, store=store, bus=bus, crash=crash, seed=seed, **options
             ),
             Progress(),
         )
@@ -72,7 +81,10 @@ def _shop() -> Any:
 
 def _show(report: Any) -> None:
     console = Console()
-    table = Table(title=f"{report.expected.placed} purchases in {report.seconds:.1f} s ({report.per_second:.0f}/s)")
+    table = Table(
+        title=f"{report.expected.placed} purchases in {report.seconds:.1f} s ({report.per_second:.0f}/s)\n"
+        f"on {report.store} and {report.bus}"
+    )
     table.add_column("")
     table.add_column("the shop", justify="right")
     table.add_column("a plain pass over the file", justify="right")
