@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Generic, Protocol, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -47,6 +47,10 @@ class Projection(Generic[Row]):
             )
         if self.version < 1:
             raise BadProjection(f"projection {self.name!r} has version {self.version}; wanted 1 or above")
+
+    def __call__(self, row: Row | None, event: Any) -> Row | None:
+        """The fold itself, for tests of it."""
+        return self.fold(row, event)
 
     @property
     def view(self) -> str:
@@ -86,10 +90,13 @@ class Builds(Protocol):
 
 def projection(name: str, *, version: int, key: Callable[[Any], object] | None = None) -> Builds:
     """Makes a Projection of a fold. `key` names the row of an event (default: the event's Key); its answer is taken as
-    text, None means that the event concerns no row. Raises BadProjection when annotations are missing or unfit."""
+    text, None means that the event concerns no row. Raises BadProjection when annotations are missing or unfit, and
+    without `key` when the events' Key fields have different names."""
 
     def build(fold: Callable[[R | None, E], R | None]) -> Projection[R]:
         row, events = _read_annotations(name, fold)
+        if key is None:
+            _check_keys(name, events)
         return Projection(
             name=name,
             version=version,
@@ -100,6 +107,16 @@ def projection(name: str, *, version: int, key: Callable[[Any], object] | None =
         )
 
     return build
+
+
+def _check_keys(name: str, events: Iterable[type[Event]]) -> None:
+    """Keys of different names are most likely keys of different things, and those have no row in common."""
+    fields: dict[str, type[Event]] = {}
+    for event in events:
+        fields.setdefault(event.key_field, event)
+    if len(fields) > 1:
+        found = ", ".join(f"{field} of {event.type_name}" for field, event in fields.items())
+        raise BadProjection(f"projection {name!r} reads events whose keys have different names: {found}: pass key=")
 
 
 def _own_key(event: Event) -> str:

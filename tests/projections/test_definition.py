@@ -44,6 +44,24 @@ def test_the_row_is_the_events_key_unless_told_otherwise() -> None:
     assert none.key_of(event) is None
 
 
+def test_events_whose_keys_have_different_names_need_a_key_function() -> None:
+    def fold(row: Customer | None, event: Placed | LegacySeen) -> Customer | None: ...
+
+    with pytest.raises(BadProjection) as caught:
+        projection("mixed", version=1)(fold)
+    assert "order_id of shop.placed.v1, customer_id of legacy.seen.v1: pass key=" in str(caught.value)
+    assert projection("mixed", version=1, key=lambda event: event.key)(fold).events == (Placed, LegacySeen)
+
+
+def test_a_projection_is_called_like_its_fold() -> None:
+    row = customers(None, Placed(order_id="o", customer_id="c"))
+    assert row is not None
+    assert row.placed == 1
+    assert customers(row, Placed(order_id="p", customer_id="c")) == customers.fold(
+        row, Placed(order_id="p", customer_id="c")
+    )
+
+
 def test_own_events_come_from_the_log_and_others_from_their_topics() -> None:
     assert both.sources("shop") == {"log": [Placed], "stock.events": [Moved]}
     assert both.sources("stock") == {"shop.events": [Placed], "log": [Moved]}
