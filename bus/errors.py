@@ -60,7 +60,10 @@ class MissingTopics(BusError):
     """Topics that must exist do not."""
 
     def __init__(self, names: Collection[str]) -> None:
-        super().__init__(f"missing topics: {', '.join(sorted(names))}; create them with `foldbus topics apply`")
+        super().__init__(
+            f"missing topics: {', '.join(sorted(names))}; the service that owns them makes them "
+            "(`foldbus topics apply` for it)"
+        )
         self.names = tuple(sorted(names))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic
 
-from bus.errors import Fenced
+from bus.errors import Fenced, MissingTopics
 from projections.building import Builder, Progress, Workshop
 from projections.errors import BadProjection, NameTaken
 from projections.port import Generation, Row, Status
@@ -18,6 +18,7 @@ from projections.rows.columns import Columns
 
 log = logging.getLogger("foldbus.projections")
 
+_MISSING_EVERY_S = 30.0
 _PASSED = (Status.RETIRED, Status.DROPPED)
 
 
@@ -61,6 +62,7 @@ class ProjectionRunner(Generic[Row]):
         self._shape = Columns(shop.projection.name, shop.projection.row).shape
         self._random = rng or random.Random()
         self._failures = 0
+        self._missing_at: float | None = None
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -75,7 +77,7 @@ class ProjectionRunner(Generic[Row]):
                 self.state.error = f"{type(error).__qualname__}: {error}"
                 self.state.behind = None
                 self._count("foldbus_projection_errors_total", error=type(error).__qualname__)
-                log.error("%s: %s; trying again", self.shop.projection.name, self.state.error, exc_info=error)
+                self._log(error)
                 await self._pause(self._failures)
 
     async def _once(self) -> None:
@@ -139,6 +141,17 @@ class ProjectionRunner(Generic[Row]):
                         self._count("foldbus_projection_fenced_total")
                         log.info("%s: %s; reading again what is stored", shop.projection.name, error)
                         await self._pause(0)
+
+    def _log(self, error: Exception) -> None:
+        """A topic that is missing means wait: its service may not have started yet. That is said now and then."""
+        name = self.shop.projection.name
+        if not isinstance(error, MissingTopics):
+            log.error("%s: %s; trying again", name, self.state.error, exc_info=error)
+            return
+        now = self.shop.clock.monotonic()
+        if self._missing_at is None or now - self._missing_at >= _MISSING_EVERY_S:
+            self._missing_at = now
+            log.warning("%s waits for topics: %s", name, error)
 
     async def _pause(self, failures: int) -> None:
         """Grows with the failures, with jitter, bounded."""

@@ -310,14 +310,23 @@ async def _has(rows: Any, key: str) -> bool:
     return await rows.get(key) is not None
 
 
-async def test_a_missing_foreign_topic_means_wait(store: Any, embedded: Transport) -> None:
+async def test_a_missing_foreign_topic_means_wait(
+    store: Any, embedded: Transport, caplog: pytest.LogCaptureFixture
+) -> None:
     shop = workshop(store, stock_moves, transport=embedded)
     runner = ProjectionRunner(shop)
     async with running(runner):
-        await eventually(lambda: _true("MissingTopics" in runner.state.error))
+        await eventually(lambda: _true(_errors(shop) >= 3))
+        assert "MissingTopics" in runner.state.error
+        (said,) = [record for record in caplog.records if "stock.events" in record.getMessage()]
+        assert (said.levelname, said.exc_info) == ("WARNING", None)
         await stock(embedded)
         await publish(embedded, "stock.events", Moved(sku="1", customer_id="a"), position=1)
         await eventually(lambda: _has(shop.rows, "a"))
+
+
+def _errors(shop: Any) -> int:
+    return int(shop.metrics.total("foldbus_projection_errors_total"))
 
 
 async def test_own_log_and_a_topic_together(store: Any, embedded: Transport) -> None:
