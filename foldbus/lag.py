@@ -6,7 +6,7 @@ Reads store and broker, changes nothing, and needs no worker to run. Figures of 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -55,13 +55,15 @@ class RelayLag:
 @dataclass(frozen=True, slots=True)
 class ProjectionLag:
     """`generation` 0: no worker has run it yet. `behind`: positions of the own log and records of others' topics that
-    are still to be read. `version` is the serving generation's."""
+    are still to be read. `version` is the serving generation's. `missing_topics` are what it waits for: it stands
+    still until they are there."""
 
     name: str
     generation: int
     version: int
     behind: int
     building: bool
+    missing_topics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +84,14 @@ class Lag:
     dead_letters: int
     dead_letters_more: bool
     missing_topics: tuple[str, ...] = field(default=())
+    waiting_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """Groups that join nothing before these topics are there."""
 
 
 async def measure(connection: Connection) -> Lag:
     """Raises what store and transport raise when they cannot be reached; a topic that is not there is named."""
     missing: set[str] = set()
+    waiting: dict[str, tuple[str, ...]] = {}
     store, admin = connection.store, connection.transport.admin
     ends = _Ends(admin, missing)
     groups: list[GroupLag] = []
@@ -96,6 +101,8 @@ async def measure(connection: Connection) -> Lag:
             for partition, (first, end) in sorted((await ends.of(topic)).items()):
                 at = committed.get((topic, partition))
                 groups.append(GroupLag(group, topic, partition, at, end, max(0, end - (first if at is None else at))))
+        if absent := sorted(missing.intersection(topics)):
+            waiting[group] = tuple(absent)
     head = await store.head()
     letters, more_letters = await count_dead_letters(store)
     return Lag(
@@ -107,6 +114,7 @@ async def measure(connection: Connection) -> Lag:
         dead_letters=letters,
         dead_letters_more=more_letters,
         missing_topics=tuple(sorted(missing)),
+        waiting_groups=waiting,
     )
 
 
@@ -153,11 +161,15 @@ async def _projection(connection: Connection, projection: Any, head: int, ends: 
     serving = next((one for one in found if one.status is Status.SERVING), None)
     places = (await rows.checkpoint(serving.number) if serving is not None else Checkpoint()).places
     behind = 0
+    missing: list[str] = []
     for source in projection.sources(connection.service.name):
         if source == LOG:
             behind += max(0, head - places.get((LOG, 0), Place()).position)
         else:
-            for partition, (first, end) in (await ends.of(source)).items():
+            found_ends = await ends.of(source)
+            if not found_ends:
+                missing.append(source)
+            for partition, (first, end) in found_ends.items():
                 behind += max(0, end - places.get((source, partition), Place(first)).offset)
     return ProjectionLag(
         name=projection.name,
@@ -165,6 +177,7 @@ async def _projection(connection: Connection, projection: Any, head: int, ends: 
         version=serving.version if serving is not None else 0,
         behind=behind,
         building=any(one.status is Status.BUILDING for one in found),
+        missing_topics=tuple(sorted(missing)),
     )
 
 

@@ -57,12 +57,14 @@ def _show(found: Lag, everything: bool) -> None:
         late += f", overdue by {timers.overdue_s:.1f} s"
     lines: list[tuple[object, ...]] = [
         ("groups", f"{sum(one.behind for one in found.groups)} behind"),
+        *((f"group {group}", f"waits for topic {', '.join(topics)}") for group, topics in found.waiting_groups.items()),
         ("relay", f"{_count(relay.waiting, relay.waiting_more)} not published{oldest}"),
     ]
     for one in found.projections:
         where = f"generation {one.generation} v{one.version}" if one.generation else "not started"
         building = ", the next one is being built" if one.building else ""
-        lines.append((f"projection {one.name}", f"{one.behind} behind, {where}{building}"))
+        waits = f"; waits for topic {', '.join(one.missing_topics)}" if one.missing_topics else ""
+        lines.append((f"projection {one.name}", f"{one.behind} behind, {where}{building}{waits}"))
     lines += [("timers", late), ("dead letters", _count(found.dead_letters, found.dead_letters_more))]
     print_columns(("", "state"), lines)
 

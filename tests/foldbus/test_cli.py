@@ -21,7 +21,7 @@ import typer.main
 from bus.topics import apply
 from bus.transport import Outgoing, TopicSpec
 from eventstore.sqlite.migrations import migrate
-from foldbus import Connection
+from foldbus import Connection, Service
 from foldbus.cli import app as program
 from foldbus.settings import Settings
 from foldbus.worker import Worker
@@ -226,7 +226,27 @@ class TestLag:
         assert desk.cli("lag", "--json").data["dead_letters"] == 1
         elsewhere = cli("lag", desk.app, "--json", "--store", desk.store, "--bus", f"embedded:{tmp_path}/empty").data
         assert elsewhere["missing_topics"] == ["desk.commands", "desk.events", "desk.replies"]
+        assert elsewhere["waiting_groups"] == {
+            "desk": ["desk.commands"],
+            "desk.saga.tidy": ["desk.events"],
+            "desk.replies": ["desk.replies"],
+        }
         assert elsewhere["timers"] == {"next_due": None, "overdue_s": 0.0}
+
+
+def test_lag_shows_what_waits_for_a_topic_of_another_service(desk: Desk) -> None:
+    desk.module.app = Service("watch", sagas=[desk.module.tidy], projections=[desk.module.tickets])
+
+    async def nothing(connection: Connection) -> None: ...
+
+    desk.do(nothing, worker=False)
+    found = desk.cli("lag", "--json").data
+    assert found["missing_topics"] == ["desk.events"]
+    assert found["waiting_groups"] == {"watch.saga.tidy": ["desk.events"]}
+    shown = desk.cli("lag")
+    assert shown.code == 0
+    for line in ("projection tickets", "group watch.saga.tidy"):
+        assert "waits for topic desk.events" in next(one for one in shown.out.splitlines() if line in one)
 
 
 def _behind(desk: Desk) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from foldbus import Connection
+from foldbus import Connection, Service
 from tests.foldbus.desk import Desk, dead_letters, settled
 
 
@@ -72,6 +72,15 @@ def test_a_service_is_prepared_looked_at_and_replayed(desk: Desk) -> None:
 
     assert desk.cli("db restored", "--yes", "--json").data["stores"][0]["epoch"] == 1
     assert desk.cli("db check", "--json").data["stores"][0]["epoch"] == 1
+
+
+def test_lag_goes_on_when_a_topic_of_another_service_is_missing(desk: Desk) -> None:
+    desk.module.app = Service(f"{desk.name}-watch", sagas=[desk.module.tidy], projections=[desk.module.tickets])
+    assert [desk.cli(command).code for command in ("db upgrade", "topics apply")] == [0, 0]
+    found = desk.cli("lag", "--json")
+    assert found.code == 0, found.err
+    assert found.data["missing_topics"] == [f"{desk.name}.events"]
+    assert found.data["projections"][0]["missing_topics"] == [f"{desk.name}.events"]
 
 
 def behind(desk: Desk) -> dict[str, int]:
