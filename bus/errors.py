@@ -79,6 +79,10 @@ class OutcomeUnknown(BusError):
         self.id = message_id
 
 
+class NobodyDecides(BusError):
+    """The command belongs to this service, and no decider of it takes it: nothing was sent."""
+
+
 class Died(BusError):
     """The command was given up and is in the dead letters: certainly not done."""
 

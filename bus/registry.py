@@ -25,11 +25,7 @@ class Registry:
 
     def add(self, message: type[Message]) -> None:
         """A second call with the same class does nothing."""
-        if not hasattr(message, "type_name"):
-            raise BadMessageClass(
-                f"{message.__qualname__} has no type name; "
-                f"wanted `class {message.__name__}(..., type='service.name.v1')`"
-            )
+        service_of(message)
         name = str(message.type_name)
         known = self._types.setdefault(name, message)
         if known is not message:
@@ -66,7 +62,11 @@ class Registry:
 
 
 def service_of(message: type[Message]) -> str:
-    """The service that owns a message class."""
+    """The service that owns a message class. Raises BadMessageClass for a class without a type name."""
+    if not hasattr(message, "type_name"):
+        raise BadMessageClass(
+            f"{message.__qualname__} has no type name; wanted `class {message.__name__}(..., type='service.name.v1')`"
+        )
     return message.type_name.service
 
 

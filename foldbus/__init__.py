@@ -34,6 +34,7 @@ from bus.errors import (  # noqa: E402
     FoldbusError,
     MessageTooLarge,
     MissingTopics,
+    NobodyDecides,
     OutcomeUnknown,
     TopicMismatch,
     TransportUnavailable,
@@ -45,7 +46,15 @@ from eventstore.errors import EventStoreError, StoreUnavailable, WrongExpectedVe
 from foldbus.connection import Connection, Receipt, Status, token_of  # noqa: E402
 from foldbus.service import BadService, Service  # noqa: E402
 from foldbus.worker import Worker, WorkerSettings  # noqa: E402
-from projections import Projection, projection  # noqa: E402
+from projections import (  # noqa: E402
+    BadProjection,
+    NotThere,
+    Projection,
+    ProjectionError,
+    RebuildStopped,
+    TokenElsewhere,
+    projection,
+)
 from sagas import (  # noqa: E402
     SagaDefinition,
     SagaRun,
@@ -61,6 +70,7 @@ __all__ = [
     "BadDecider",
     "BadDecision",
     "BadMessageClass",
+    "BadProjection",
     "BadService",
     "BusError",
     "Cancelled",
@@ -78,9 +88,13 @@ __all__ = [
     "MessageTooLarge",
     "Metrics",
     "MissingTopics",
+    "NobodyDecides",
+    "NotThere",
     "OutcomeUnknown",
     "Projection",
+    "ProjectionError",
     "Query",
+    "RebuildStopped",
     "Receipt",
     "Refused",
     "SagaDefinition",
@@ -95,6 +109,7 @@ __all__ = [
     "StoreUnavailable",
     "StreamId",
     "Token",
+    "TokenElsewhere",
     "TopicMismatch",
     "TransportUnavailable",
     "Worker",

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from bus.codec import check_size, died_error
 from bus.envelope import Envelope, Origin, ReplyOutcome, ReplyTo, Token
-from bus.errors import Cancelled, Died, OutcomeUnknown, TransportUnavailable
+from bus.errors import BadMessageClass, Cancelled, Died, NobodyDecides, OutcomeUnknown, TransportUnavailable
 from bus.messages import Command, Event, Message, Refused
 from bus.metrics import MemoryMetrics, Metrics
 from bus.processing import Again, Failed, Item
@@ -81,13 +81,12 @@ class StagedUnit:
 
     def publish(self, event: Event) -> UUID:
         """Stored with the unit, published after its commit. Raises MessageTooLarge at once."""
-        service = self._connection.service
-        topic = f"{service.name}.events"
-        return self._stage(event, topic)
+        _check_kind(event, Event)
+        return self._stage(event, f"{self._connection.service.name}.events")
 
     def send(self, command: Command[Any], *, id: UUID | None = None) -> UUID:
         """Stored with the unit, sent after its commit; nobody waits for the answer."""
-        return self._stage(command, f"{service_of(type(command))}.commands", id)
+        return self._stage(command, f"{_check_kind(command, Command)}.commands", id)
 
     def _stage(self, message: Message, topic: str, id: UUID | None = None) -> UUID:
         envelope = self._connection.envelope(message, topic=topic, id=id)
@@ -124,9 +123,10 @@ class Connection:
     async def send(self, command: Command[Any], *, id: UUID | None = None) -> UUID:
         """In the command's topic when it returns: it will be handled. The same `id` again has one effect.
 
-        Raises MessageTooLarge, MissingTopics (it was not sent) or OutcomeUnknown (send it again with its id).
+        Raises BadMessageClass, MessageTooLarge, MissingTopics (it was not sent) or OutcomeUnknown (send it again with
+        its id).
         """
-        envelope = self.envelope(command, topic=f"{service_of(type(command))}.commands", id=id)
+        envelope = self.envelope(command, topic=f"{_check_kind(command, Command)}.commands", id=id)
         await self.publisher.publish(envelope)
         return envelope.id
 
@@ -165,12 +165,18 @@ class Connection:
 
         Raises the `Refused` that the service answered; Died or Cancelled when it was certainly not done; OutcomeUnknown
         when no answer came in `timeout_s`: call again with `id=error.id`, which has no second effect and brings the
-        stored answer.
+        stored answer. Raises BadMessageClass or NobodyDecides at once for what no worker could answer.
         """
+        owner = _check_kind(command, Command)
+        if topic is None and owner == self.service.name and not self.service.decides(type(command)):
+            raise NobodyDecides(
+                f"{command.type_name} belongs to service {owner!r}, and no decider of it takes it; nothing was sent: "
+                "put it into the command union of a `decide`, and that decider into the Service"
+            )
         message_id = id or self.ids.new()
         to = ReplyTo(self.inbox.topic, self.inbox.instance, self.inbox.instance)
         deadline = self.clock.now() + timedelta(seconds=timeout_s)
-        where = topic or f"{service_of(type(command))}.commands"
+        where = topic or f"{owner}.commands"
         envelope = self.envelope(command, topic=where, id=message_id, reply_to=to, deadline=deadline)
         answer = self.inbox.expect(message_id)
         try:
@@ -180,7 +186,7 @@ class Connection:
                 reply = await asyncio.shield(answer)
         except TimeoutError:
             self.metrics.count("foldbus_unknown_outcomes_total")
-            raise OutcomeUnknown(message_id, why=f"no answer within {timeout_s} s") from None
+            raise OutcomeUnknown(message_id, why=_no_answer(timeout_s, owner)) from None
         except TransportUnavailable as error:
             self.metrics.count("foldbus_unknown_outcomes_total")
             raise OutcomeUnknown(message_id, why=f"the broker does not answer: {error}") from error
@@ -194,6 +200,7 @@ class Connection:
         The same `id` again brings the first answer. Raises the `Refused`, or what the decider raised (nothing was
         committed).
         """
+        _check_kind(command, Command)
         processor = self._own_processor()
         message_id = id or self.ids.new()
         item = Item(self.envelope(command, topic=None, id=message_id), None)
@@ -269,6 +276,17 @@ class Connection:
             # Beside the fields: kept out of equality, hash and dump.
             object.__setattr__(value, _TOKEN, reply.token)
         return cast("R", value)
+
+
+def _check_kind(message: object, wanted: type[Message]) -> str:
+    """The service that owns it. Raises BadMessageClass for what is no message of that kind, or has no type name."""
+    if not isinstance(message, wanted):
+        raise BadMessageClass(f"{type(message).__qualname__} is no {wanted.__name__}; nothing was sent")
+    return service_of(type(message))
+
+
+def _no_answer(timeout_s: float, owner: str) -> str:
+    return f"no answer within {timeout_s} s; is a worker of {owner!r} running (foldbus run, or connect(worker=True))?"
 
 
 @asynccontextmanager

@@ -79,6 +79,10 @@ class Service:
         """Where events of this class are published."""
         return event.foreign_topic or f"{service_of(event)}.events"
 
+    def decides(self, command: type[Message]) -> bool:
+        """Does a decider of this service take it?"""
+        return any(command in decider.commands for decider in self.deciders)
+
     @property
     def groups(self) -> Mapping[str, tuple[str, ...]]:
         """The consumer groups of this service's workers, and the topics that each reads."""

@@ -47,7 +47,8 @@ async def wait_for(
     except TimeoutError as error:
         raise NotThere(
             f"projection {projection.name!r} is at epoch {at.epoch}, position {at.position} of {token.source!r}, "
-            f"wanted epoch {token.epoch}, position {wanted}; it was not there within {timeout_s} s"
+            f"wanted epoch {token.epoch}, position {wanted}; it was not there within {timeout_s} s: "
+            "is a worker of this service running?"
         ) from error
 
 

@@ -366,7 +366,7 @@ async def test_a_token_that_is_not_reached_in_time_says_so(store: Any) -> None:
     shop = workshop(store)
     view = ReadModel(customers, shop.rows, service=SERVICE)
     at = await append(store, Placed(order_id="1", customer_id="a"))
-    with pytest.raises(NotThere):
+    with pytest.raises(NotThere, match=r"is a worker of this service running\?$"):
         await view.get("a", after=Token(SERVICE, store.epoch, "a", at, at), timeout_s=0.1)
     assert await view.get("a") is None
     assert await view.get("a", after=Token(SERVICE, store.epoch, "a", 0, 0), timeout_s=0.1) is None
