@@ -43,16 +43,37 @@ def load_service(path: str) -> Service:
     module_name, colon, name = path.partition(":")
     if not colon or not module_name or not name:
         raise CannotLoad(f"{path!r} names no service; wanted MODULE:NAME, for example shop.orders:app")
+    if "/" in module_name or module_name.startswith("."):
+        raise CannotLoad(_names_a_file(path, module_name, name))
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise CannotLoad(f"{path!r}: {error}; looked in the working directory and in this environment") from error
+    except ImportError as error:
+        raise CannotLoad(_why_not(path, module_name, name, error)) from error
     found = getattr(module, name, None)
+    if found is None:
+        services = [one for one, value in vars(module).items() if isinstance(value, Service)]
+        raise CannotLoad(f"module {module_name} has no {name!r}; its services: {', '.join(services) or 'none'}")
     if not isinstance(found, Service):
         raise CannotLoad(f"{path!r} is {type(found).__name__}, wanted a foldbus.Service")
     return found
+
+
+def _names_a_file(path: str, module_name: str, name: str) -> str:
+    meant = module_name.removesuffix(".py").replace("/", ".").strip(".")
+    return f"{path!r} names a file; wanted a module, most likely {meant}:{name}"
+
+
+def _why_not(path: str, module_name: str, name: str, error: ImportError) -> str:
+    """A module that is not there, or one that is there and imports something that is not."""
+    if module_name.endswith(".py"):
+        return _names_a_file(path, module_name, name)
+    parents = module_name.split(".")
+    absent = isinstance(error, ModuleNotFoundError) and error.name is not None
+    if absent and error.name in {".".join(parents[:n]) for n in range(1, len(parents) + 1)}:
+        return f"{path!r}: {error}; looked in the working directory and in this environment"
+    return f"{path!r}: an import inside that module fails: {error}"
 
 
 def settings(store: str | None = None, bus: str | None = None) -> Settings:
