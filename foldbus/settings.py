@@ -9,6 +9,9 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from bus.transport import PollSettings
+from foldbus.relay import RelaySettings
+from foldbus.worker import WorkerSettings
+from projections import ProjectionSettings
 
 
 class Settings(BaseSettings):
@@ -22,7 +25,8 @@ class Settings(BaseSettings):
     """`FOLDBUS_TOPICS`: `apply` makes missing topics at start; `validate` refuses to start without them. Embedded
     topics are always made."""
     session_timeout_s: float | None = Field(default=None, gt=0)
-    """`FOLDBUS_SESSION_TIMEOUT_S`: after how long without a sign of life a worker's partitions go to another one."""
+    """`FOLDBUS_SESSION_TIMEOUT_S`: after how long without a sign of life a worker's partitions, and what else it leads
+    (its relay, its projections), go to another one. Unset: the transport's own, and 10 s for leases."""
     failpoint: str | None = None
     """`FOLDBUS_FAILPOINT`: `name:n` kills the process at the n-th hit. For crash tests."""
 
@@ -34,4 +38,13 @@ class Settings(BaseSettings):
             session_timeout_s=self.session_timeout_s,
             heartbeat_s=min(3.0, self.session_timeout_s / 6),
             rebalance_timeout_s=max(20.0, self.session_timeout_s),
+        )
+
+    def worker(self) -> WorkerSettings:
+        """The worker's settings, with leases that end when the session does."""
+        if self.session_timeout_s is None:
+            return WorkerSettings()
+        return WorkerSettings(
+            relay=RelaySettings(lease_ttl_s=self.session_timeout_s),
+            projections=ProjectionSettings(lease_ttl_s=self.session_timeout_s),
         )

@@ -32,6 +32,7 @@ from eventstore.errors import StoreUnavailable
 from foldbus.relay import Relay, RelaySettings
 from foldbus.runtime import UnitProcessor
 from foldbus.views import all_projections, projection_runner
+from projections import ProjectionSettings
 from sagas import CANCEL_TYPE, RETRY_TYPE, TIMEOUT_TYPE, SagaBehaviour, SagaDefinition, saga_group
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ log = logging.getLogger("foldbus.worker")
 class WorkerSettings:
     engine: EngineSettings = field(default_factory=EngineSettings)
     relay: RelaySettings = field(default_factory=RelaySettings)
+    projections: ProjectionSettings = field(default_factory=ProjectionSettings)
     timer_poll_s: float = 0.5
     """How late a timer may be, at most, when nothing else wakes the worker."""
     topics_wait_s: float = 30.0
@@ -175,7 +177,9 @@ class Worker:
             failpoint=self.connection.failpoint,
             settings=self.settings.relay,
         )
-        self.runners = [projection_runner(self.connection, one) for one in all_projections(service)]
+        self.runners = [
+            projection_runner(self.connection, one, self.settings.projections) for one in all_projections(service)
+        ]
 
     def _topic(self, event: type[Event]) -> str:
         return self.connection.service.topic_of(event)

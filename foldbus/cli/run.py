@@ -66,6 +66,7 @@ async def _run(service: Service, chosen: Settings) -> BaseException | None:
             apply_topics=True if chosen.topics == "apply" else None,
             failpoint=_failpoint(chosen),
             poll=chosen.poll(),
+            settings=chosen.worker(),
         ) as connection:
             worker = connection.worker
             assert worker is not None
