@@ -160,7 +160,6 @@ class Account:
             )
         self._effects[cause] = record.type
         self._domain_event(record, data)
-        return None
 
     def _domain_event(self, record: Envelope, data: Mapping[str, Any]) -> None:
         order = self._orders[data["order_id"]]
@@ -223,7 +222,6 @@ class Account:
                     self._saga_ended(id, saga)
             case _:  # cancelled, retried: it goes on
                 saga.status = "running"
-        return None
 
     def _saga_ended(self, id: str, saga: _Saga) -> None:
         """Its compensations are what was done (or may have been), in reverse, once each, and they worked."""
@@ -266,7 +264,6 @@ class Account:
         place = (delivery.topic, delivery.partition)
         if first and delivery.topic == "orders.events" and delivery.offset < self._rows_upto.get(place, 0):
             self._fold(headers["ce_type"].decode(), json.loads(delivery.value or b"null"))
-        return None
 
     def _in_order(self, delivery: Delivery, headers: Mapping[str, bytes], id: bytes) -> bool:
         """First deliveries of a partition, and of a key, are in the order of their log; the rest repeats them."""
