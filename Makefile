@@ -35,7 +35,7 @@ bench: $(STAMP) servers
 	$(BIN)/python -m benchmarks
 
 soak: $(STAMP) servers
-	$(BIN)/python -m tests.servers run -- python -m benchmarks.soak --seconds $(SOAK_S) --store '{postgres}' --bus '{kafka}'
+	$(BIN)/python -m benchmarks.soak --seconds $(SOAK_S)
 
 env: $(STAMP)
 

@@ -23,9 +23,11 @@ from foldbus.backends import directory_of, migrate_store, open_transport, withou
 from foldbus.progress import Progress
 from shop import insights, orders, payments, warehouse
 from shop.crash import Crashes, SteadyWorkers, Workers
+from shop.journal import Journal, What
 from shop.messages import OrderCancelled, OrderCompleted, PlaceOrder
 from shop.outcome import compare_insights, count_shop, rebuild_insights, undone_order
 from shop.purchases import FILE, BadRow, Figures, Purchase, plain_pass, read_purchases
+from shop.verify import verify
 
 SERVICES: tuple[Service, ...] = (orders.app, payments.app, warehouse.app, insights.app)
 _ORDERS = uuid5(NAMESPACE_URL, "foldbus:shop:orders")
@@ -45,11 +47,16 @@ class Options:
     seed: int | None = None
     patience_s: float = 120.0
     """How long nothing may move before the demo gives up."""
+    journal: Path | None = None
+    """Where the buyers write down what they know, for `verify`."""
+    verify: bool = False
+    """Check every invariant once all is sold, while the workers still run."""
 
 
 @dataclass(slots=True)
 class Report:
-    """What happened. `ok`: the shop's figures, the insights and the rebuilt insights all equal the plain pass."""
+    """What happened. `ok`: the shop's figures, the insights and the rebuilt insights all equal the plain pass, and no
+    invariant that was checked is broken."""
 
     shop: Figures
     expected: Figures
@@ -57,6 +64,7 @@ class Report:
     seconds: float
     differing: list[str] = field(default_factory=list[str])
     differing_rebuilt: list[str] = field(default_factory=list[str])
+    findings: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     undone: list[str] = field(default_factory=list[str])
     store: str = ""
     bus: str = ""
@@ -67,7 +75,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        return self.shop == self.expected and not self.differing and not self.differing_rebuilt
+        return self.shop == self.expected and not self.differing and not self.differing_rebuilt and not self.findings
 
     @property
     def per_second(self) -> float:
@@ -103,11 +111,15 @@ async def run(options: Options, progress: Progress) -> Report:
         await stack.enter_async_context(workers.running())
         client = await stack.enter_async_context(orders.app.connect(store=store, bus=bus, metrics=metrics))
         started = time.perf_counter()
-        await _Till(client, workers, options, progress).sell(purchases)
+        journal = stack.enter_context(Journal(options.journal)) if options.journal is not None else None
+        await _Till(client, workers, options, progress, journal).sell(purchases)
         workers.calm()
         await _wait_for_insights(store, bus, expected.placed, workers, options, progress)
         report.seconds = time.perf_counter() - started
         report.kills = workers.kills
+        if options.verify:
+            account = await verify(store, bus, journal=options.journal, wait_s=options.patience_s)
+            report.findings = account.findings.found
         report.shop = await count_shop(store, bus)
         report.differing = await compare_insights(store, bus, customers, report.shop)
         report.undone = await undone_order(store, bus)
@@ -120,7 +132,10 @@ async def run(options: Options, progress: Progress) -> Report:
 class _Till:
     """Places orders, with a bound on how many are open at once; an order is over when the orders' topic says so."""
 
-    def __init__(self, client: Connection, workers: Workers, options: Options, progress: Progress) -> None:
+    def __init__(
+        self, client: Connection, workers: Workers, options: Options, progress: Progress, journal: Journal | None
+    ) -> None:
+        self._journal = journal
         self._client, self._workers, self._options, self._progress = client, workers, options, progress
         self._open: set[str] = set()
         self._ended: set[str] = set()
@@ -149,13 +164,19 @@ class _Till:
             cents=purchase.cents,
         )
         message_id: UUID = uuid5(_ORDERS, purchase.purchase_id)
+        self._note("intent", message_id, purchase)
         while True:
             try:
                 await self._client.send(command, id=message_id)
-                return
+                return self._note("ack", message_id, purchase)
             except (OutcomeUnknown, TransportUnavailable) as error:
+                self._note("unknown", message_id, purchase)
                 self._progress.note(f"{purchase.purchase_id}: {error}; sent again")
                 await asyncio.sleep(0.2)
+
+    def _note(self, what: What, message_id: UUID, purchase: Purchase) -> None:
+        if self._journal is not None:
+            self._journal.write(what, message_id, purchase.purchase_id)
 
     async def _watch(self, total: int) -> None:
         async with self._client.transport.tail("orders.events", start="begin") as consumer:

@@ -51,8 +51,9 @@ TOPICS = (
     "orders.commands", "payments.commands", "warehouse.commands",
     "orders.replies",
 )  # fmt: skip
+"""The events' topics first."""
 PAGE = 1000
-STALLED_S = 30.0
+STALLED_S = 10.0
 """How long a topic may give nothing before its end was reached."""
 
 
@@ -101,9 +102,9 @@ async def verify(store: str, bus: str, *, journal: Path | None, wait_s: float) -
                 account.findings.add("I1", f"{name} has a dead letter of {letter.consumer}: {letter.id}, {why:.300}")
             if any((await shop.ends(f"{name}.dlq")).values()):
                 account.findings.add("I1", f"topic {name}.dlq holds dead letters")
-        await asyncio.gather(*(_topic(shop, topic, account.delivered) for topic in TOPICS if "events" not in topic))
+        await asyncio.gather(*(_topic(shop, topic, account.delivered, account.findings) for topic in TOPICS[3:]))
         account.read_model_at({place: at.offset for place, at in snapshot.checkpoint.places.items()})
-        await asyncio.gather(*(_topic(shop, topic, account.published) for topic in TOPICS if "events" in topic))
+        await asyncio.gather(*(_topic(shop, topic, account.published, account.findings) for topic in TOPICS[:3]))
         account.read_model(
             {key: (row.placed, row.completed, row.cancelled, row.cds, row.cents) for key, row in snapshot.rows.items()}
         )
@@ -124,7 +125,7 @@ async def _log(store: Store) -> AsyncIterator[Envelope]:
         after = page.upto
 
 
-async def _topic(shop: Shop, topic: str, take: Callable[[Delivery], None]) -> None:
+async def _topic(shop: Shop, topic: str, take: Callable[[Delivery], None], findings: Findings) -> None:
     """Every record up to the end that the topic has now, in order per partition."""
     missing = {part: end for part, end in (await shop.ends(topic)).items() if end > 0}
     if not missing:
@@ -139,7 +140,8 @@ async def _topic(shop: Shop, topic: str, take: Callable[[Delivery], None]) -> No
                     if delivery.offset + 1 == missing[delivery.partition]:
                         del missing[delivery.partition]
             if time.monotonic() - moved > STALLED_S:
-                raise TimeoutError(f"{topic} gave nothing for {STALLED_S} s; missing up to {missing}")
+                findings.add("I1", f"{topic} gave nothing for {STALLED_S} s, short of {missing}")
+                return
 
 
 async def _rest(shop: Shop, wait_s: float) -> list[str]:
