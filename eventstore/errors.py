@@ -33,3 +33,15 @@ class SchemaMismatch(EventStoreError):
 
 class WrongEpoch(EventStoreError):
     """A checkpoint or token is from another epoch of the log: the database was restored meanwhile."""
+
+
+class StreamArchived(EventStoreError):
+    """The stream was archived: it takes no events and cannot be loaded; `foldbus store` reads or restores it."""
+
+
+class StreamTruncated(EventStoreError):
+    """The stream's first events were deleted: it loads from its snapshot, and no further back than that."""
+
+
+class NotTruncated(EventStoreError):
+    """No snapshot holds what the events to be deleted folded to. Nothing was deleted."""

@@ -188,9 +188,23 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A folded state of `stream` at `version`, serialised. `schema` says which code made it: a snapshot of another
+    schema is as good as none. It is never the truth: it may be dropped at any time."""
+
+    stream: StreamId
+    version: Version
+    schema: str
+    state: bytes
+    made_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """A stream to load, from the event after version `after`, up to `limit` events (None: all).
-    `snapshot_schema` is reserved for snapshots."""
+
+    With `snapshot_schema` a stored snapshot of exactly that schema, above `after`, comes along, and the events begin
+    after it."""
 
     stream: StreamId
     after: Version = 0
@@ -200,11 +214,36 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """`version` is the stream's own at the time of reading (0: it does not exist), whatever `limit` was."""
+    """`version` is the stream's own at the time of reading (0: it does not exist), whatever `limit` was. `records` are
+    in the order asked for, without holes, and begin after `snapshot` if there is one."""
 
     stream: StreamId
     version: Version
     records: Sequence[Envelope]
+    snapshot: Snapshot | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Which events of the log; all that is given must hold. `since` (inclusive) and `until` (exclusive) compare the
+    envelope's time, which its writer's clock set: it need not rise with positions."""
+
+    types: frozenset[str] | None = None
+    categories: frozenset[str] | None = None
+    stream: StreamId | None = None
+    correlation_id: UUID | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamInfo:
+    """A stream as a list shows it. `kept_from` is the first version that is still stored (1, unless truncated)."""
+
+    stream: StreamId
+    version: Version
+    kept_from: Version = 1
+    archived_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,8 +312,33 @@ class Store(Protocol):
         """A transaction with `tx.sql`, an SQLAlchemy connection; committed when the context ends without an error."""
         ...
 
-    async def read_all(self, *, after: Position, limit: int, outgoing: bool = False) -> Page:
-        """In position order: once `after` was passed, nothing appears at or below it, ever."""
+    async def read_stream(
+        self,
+        stream: StreamId,
+        *,
+        after: Version = 0,
+        upto: Version | None = None,
+        backward: bool = False,
+        limit: int | None = None,
+    ) -> Slice:
+        """Events with `after` < version <= `upto` (None: to its end), ascending or, `backward`, descending from there;
+        at most `limit`. A stream that does not exist is empty, at version 0."""
+        ...
+
+    async def streams(
+        self, *, category: str | None = None, after: StreamId | None = None, limit: int = 1000
+    ) -> Sequence[StreamInfo]:
+        """Ordered by (category, id), beginning after `after`; archived ones included."""
+        ...
+
+    async def read_all(
+        self, *, after: Position, limit: int, outgoing: bool = False, where: Where | None = None
+    ) -> Page:
+        """In position order: once `after` was passed, nothing appears at or below it, ever.
+
+        `where` filters in the database (events only, so not together with `outgoing`); `upto` moves past what does not
+        match, so that a reader of few events among many does not start over.
+        """
         ...
 
     async def head(self) -> Position:
@@ -305,6 +369,52 @@ class Store(Protocol):
 
     @property
     def timers(self) -> Timers: ...
+
+    @property
+    def snapshots(self) -> Snapshots: ...
+
+    @property
+    def archive(self) -> Archive: ...
+
+
+class Snapshots(Protocol):
+    """At most one snapshot per stream. `Store.load` reads them."""
+
+    async def save(self, snapshots: Sequence[Snapshot]) -> int:
+        """Stores each unless the stream's own version is below it, or a newer one of its schema is there; answers how
+        many. A snapshot of another schema is replaced."""
+        ...
+
+    async def page(self, *, after: StreamId | None = None, limit: int = 1000) -> Sequence[Snapshot]:
+        """Ordered by (category, id), for those who check them."""
+        ...
+
+    async def drop(self, *, category: str | None = None, keep_schema: str | None = None) -> int:
+        """Removes those of the category (None: all), but for those of `keep_schema`; answers how many."""
+        ...
+
+
+class Archive(Protocol):
+    """What takes events out of the log again; never by itself."""
+
+    async def archive(self, stream: StreamId, *, expected: Version) -> StreamInfo:
+        """Closes a stream for good and sets its events aside: no append succeeds any more, its id is not used again,
+        the log and `load` no longer have them, `read` gives them. A second call changes nothing.
+        Raises WrongExpectedVersion."""
+        ...
+
+    async def restore(self, stream: StreamId) -> StreamInfo:
+        """The inverse: events come back at their old positions, seen by who reads from below them."""
+        ...
+
+    async def truncate(self, stream: StreamId, *, upto: Version) -> StreamInfo:
+        """Deletes the events at or below version `upto`, for good. Refused (NotTruncated) unless a snapshot at or above
+        `upto` holds what they folded to."""
+        ...
+
+    async def read(self, stream: StreamId, *, after: Version = 0, limit: int = 1000) -> Slice:
+        """Archived events."""
+        ...
 
 
 class Leases(Protocol):
@@ -353,6 +463,7 @@ class Timers(Protocol):
 __all__ = [
     "ANY",
     "Append",
+    "Archive",
     "CancelTimer",
     "Claim",
     "ClaimState",
@@ -365,8 +476,11 @@ __all__ = [
     "Outcome",
     "Page",
     "Slice",
+    "Snapshot",
+    "Snapshots",
     "Standing",
     "Store",
+    "StreamInfo",
     "Timer",
     "Timers",
     "Token",
@@ -375,4 +489,5 @@ __all__ = [
     "Verdict",
     "Wanted",
     "Watermark",
+    "Where",
 ]
