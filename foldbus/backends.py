@@ -7,6 +7,9 @@ it is opened: a process does not pay for the drivers of the others.
 | `postgresql://user@host/database` | one schema per service in that database |
 | `embedded:DIR` | topics in one SQLite file in that directory, one machine |
 | `kafka://host:port,host:port` | a Kafka cluster |
+
+`DIR` is a path as the shell writes it: `sqlite:/var/lib/shop` or `sqlite:data`. `sqlite:///DIR` is refused, because
+some tools read it as `/DIR` and others as `DIR`; `sqlite:////DIR` is `/DIR` to all of them.
 """
 
 from __future__ import annotations
@@ -27,6 +30,10 @@ DEFAULT_STORE = "sqlite:.foldbus"
 DEFAULT_BUS = "embedded:.foldbus"
 
 
+_POSTGRESQL = "postgresql://user@host/database"
+_KAFKA = "kafka://host:port"
+
+
 class BadUrl(FoldbusError):
     """A store or bus URL that names no backend."""
 
@@ -44,8 +51,12 @@ class StoreUrl:
         if scheme == "sqlite":
             return cls("sqlite", str(directory_of(url)))
         if scheme in ("postgresql", "postgres", "postgresql+asyncpg"):
-            return cls("postgresql", "postgresql:" + url.partition(":")[2])
-        raise BadUrl(f"store URL starts with {scheme!r}; wanted sqlite:DIRECTORY or postgresql://user@host/database")
+            rest = url.partition(":")[2]
+            if not rest.startswith("//"):
+                raise BadUrl(f"store URL {without_password(url)!r} has no // after {scheme}:; wanted {_POSTGRESQL}")
+            _check_host("store", f"postgresql:{rest}", wanted=_POSTGRESQL)
+            return cls("postgresql", f"postgresql:{rest}")
+        raise BadUrl(f"store URL starts with {scheme!r}; wanted sqlite:DIRECTORY or {_POSTGRESQL}")
 
     @property
     def embedded(self) -> bool:
@@ -55,9 +66,34 @@ class StoreUrl:
         return Path(self.text) / f"{service}.db"
 
 
-def is_embedded_bus(url: str) -> bool:
-    """Does this bus live in a file of this machine?"""
-    return url.partition(":")[0] == "embedded"
+@dataclass(frozen=True, slots=True)
+class BusUrl:
+    """A parsed bus URL: the directory of an embedded one, the brokers of Kafka."""
+
+    scheme: str
+    text: str
+
+    @classmethod
+    def parse(cls, url: str) -> BusUrl:
+        scheme, _, rest = url.partition(":")
+        if scheme == "embedded":
+            return cls("embedded", str(directory_of(url)))
+        if scheme == "kafka":
+            brokers = rest.removeprefix("//").rstrip("/")
+            for broker in brokers.split(","):
+                _check_host("bus", f"kafka://{broker}", wanted=_KAFKA)
+            return cls("kafka", brokers)
+        raise BadUrl(f"bus URL starts with {scheme!r}; wanted embedded:DIRECTORY or {_KAFKA}")
+
+    @property
+    def embedded(self) -> bool:
+        """Does it live in a file of this machine?"""
+        return self.scheme == "embedded"
+
+    @property
+    def directory(self) -> Path:
+        """Of an embedded one."""
+        return Path(self.text)
 
 
 async def migrate_store(url: str, service: str) -> None:
@@ -111,46 +147,71 @@ async def open_transport(
     url: str, *, clock: Clock, metrics: Metrics, settings: PollSettings | None = None, client_id: str = "foldbus"
 ) -> AsyncGenerator[Transport]:
     """Opens the transport that `url` names; `settings` None takes what fits it."""
-    scheme, _, rest = url.partition(":")
-    if scheme == "embedded":
+    parsed = BusUrl.parse(url)
+    if parsed.embedded:
         from bus.embedded import EmbeddedTransport
 
-        directory = directory_of(url)
+        directory = parsed.directory
         directory.mkdir(parents=True, exist_ok=True)
         timings = settings or PollSettings(session_timeout_s=3.0, heartbeat_s=0.5, rebalance_timeout_s=20.0)
         async with EmbeddedTransport.open(
             directory / "bus.db", settings=timings, clock=clock, metrics=metrics
         ) as transport:
             yield transport
-    elif scheme == "kafka":
+    else:
         from bus.kafka import KafkaTransport
 
-        bootstrap = rest.removeprefix("//").rstrip("/")
         async with KafkaTransport.open(
-            bootstrap, settings=settings or PollSettings(), client_id=client_id, clock=clock, metrics=metrics
+            parsed.text, settings=settings or PollSettings(), client_id=client_id, clock=clock, metrics=metrics
         ) as kafka:
             yield kafka
-    else:
-        raise BadUrl(f"bus URL starts with {scheme!r}; wanted embedded:DIRECTORY or kafka://host:port")
 
 
 def without_password(url: str) -> str:
-    """A store or bus URL as it may be shown."""
+    """A store or bus URL as it may be shown, also one that cannot be parsed: of user and password, only the user."""
     scheme, _, rest = url.partition(":")
-    if scheme in ("sqlite", "embedded") or not rest.startswith("//"):
+    if scheme in ("sqlite", "embedded"):
         return url
-    where = urlsplit(url)
-    user, at, hosts = where.netloc.rpartition("@")
-    return f"{scheme}://{user.partition(':')[0]}{at}{hosts}{where.path}"
+    slashes = "//" if rest.startswith("//") else ""
+    where = rest.removeprefix("//").partition("?")[0]
+    user, at, hosts = where.rpartition("@")
+    return f"{scheme}:{slashes}{user.partition(':')[0]}{at}{hosts}"
 
 
 def directory_of(url: str) -> Path:
-    """`sqlite:DIR`, `sqlite:///relative/DIR` and `sqlite:////absolute/DIR` alike."""
-    rest = url.partition(":")[2]
-    if rest.startswith("///"):
-        rest = rest[3:]
+    """Where `sqlite:DIR` or `embedded:DIR` is. Raises BadUrl for what may be meant otherwise than it would be read:
+    files in the wrong place are noticed late."""
+    scheme, _, rest = url.partition(":")
+    if rest.startswith("////"):
+        rest = "/" + rest.lstrip("/")
+    elif rest.startswith("///"):
+        path = rest.lstrip("/")
+        raise BadUrl(
+            f"{url!r} is /{path} to some and {path} in the working directory to others; "
+            f"wanted {scheme}:/{path} or {scheme}:{path}"
+        )
     elif rest.startswith("//"):
-        raise BadUrl(f"{url!r} names a host; wanted a directory, as in sqlite:.foldbus")
+        path = rest.lstrip("/")
+        raise BadUrl(
+            f"{url!r} would name a host; wanted a directory: {scheme}:{path or '.foldbus'} in the working directory, "
+            f"or {scheme}:/{path}"
+        )
+    elif rest.startswith("~"):
+        raise BadUrl(f"{url!r}: nothing puts your home directory in for ~ here; write it out, or $HOME")
     if not rest:
-        raise BadUrl(f"{url!r} names no directory; wanted for example sqlite:.foldbus")
+        raise BadUrl(f"{url!r} names no directory; wanted for example {scheme}:.foldbus")
     return Path(rest)
+
+
+def _check_host(what: str, url: str, *, wanted: str) -> None:
+    """Raises BadUrl where no host, or no port, can be read. What urllib says of it may hold the password."""
+    try:
+        where = urlsplit(url)
+        host, _ = where.hostname, where.port
+    except ValueError:
+        raise BadUrl(
+            f"{what} URL {without_password(url)!r} has no readable host and port; wanted {wanted}, "
+            "in user and password %40 for @, %2F for / and so on"
+        ) from None
+    if not host and what == "bus":
+        raise BadUrl(f"{what} URL {without_password(url)!r} names no host; wanted {wanted}")

@@ -28,7 +28,7 @@ from bus.seams import Clock, Failpoint, Ids, NoFailpoints, SystemClock, Uuid7Ids
 from bus.topics import apply, validate
 from bus.transport import Transport
 from eventstore.port import ClaimState, Store, Tx, Unit, Verdict
-from foldbus.backends import is_embedded_bus, open_store, open_transport
+from foldbus.backends import BusUrl, StoreUrl, open_store, open_transport
 from foldbus.outbox import Inbox, Publisher
 from foldbus.views import View
 
@@ -307,6 +307,8 @@ async def connect(
     """See `Service.connect`."""
     from foldbus.worker import Worker
 
+    StoreUrl.parse(store)  # before the bus makes its file
+    embedded = BusUrl.parse(bus).embedded
     clock, ids, metrics = clock or SystemClock(), ids or Uuid7Ids(), metrics or MemoryMetrics()
     async with AsyncExitStack() as stack:
         transport = await stack.enter_async_context(
@@ -318,7 +320,7 @@ async def connect(
                 client_id=f"foldbus-{service.name}",
             )
         )
-        if apply_topics or (apply_topics is None and is_embedded_bus(bus)):
+        if apply_topics or (apply_topics is None and embedded):
             await apply(transport.admin, service.topics)
         else:
             await validate(transport.admin, service.topics)

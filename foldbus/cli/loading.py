@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from bus.codec import explain
 from bus.errors import FoldbusError
+from foldbus.backends import BusUrl, StoreUrl
 from foldbus.service import Service
 from foldbus.settings import Settings
 
@@ -77,8 +78,8 @@ def _why_not(path: str, module_name: str, name: str, error: ImportError) -> str:
 
 
 def settings(store: str | None = None, bus: str | None = None) -> Settings:
-    """The environment's settings, with what the command line says over them. Raises BadSettings; a variable of ours
-    that nothing reads is named on standard error: it is most likely misspelt."""
+    """The environment's settings, with what the command line says over them. Raises BadSettings and BadUrl; a variable
+    of ours that nothing reads is named on standard error: it is most likely misspelt."""
     known = {f"FOLDBUS_{name.upper()}" for name in Settings.model_fields}
     for name in sorted(os.environ):
         if name.upper().startswith("FOLDBUS_") and name.upper() not in known and not name.startswith(_FOR_TESTS):
@@ -89,7 +90,10 @@ def settings(store: str | None = None, bus: str | None = None) -> Settings:
         read = Settings()
     except ValidationError as error:
         raise BadSettings(f"FOLDBUS_ settings: {explain(error)}") from error
-    return read.model_copy(update={name: value for name, value in (("store", store), ("bus", bus)) if value})
+    chosen = read.model_copy(update={name: value for name, value in (("store", store), ("bus", bus)) if value})
+    StoreUrl.parse(chosen.store)  # both, before anything is opened
+    BusUrl.parse(chosen.bus)
+    return chosen
 
 
 def log_to_stderr(*, quiet: bool = False) -> None:
