@@ -1,0 +1,123 @@
+"""Folding streams of any length: page by page, so that memory holds a page of each and never the whole.
+
+What the runtime and everybody else who needs a stream's state loads with. The database is asked for all streams at
+once, then for the rest of those that are longer than their share of a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, TypeVar
+
+from bus.envelope import Envelope, StreamId, Version
+from eventstore.errors import EventStoreError
+from eventstore.port import Slice, Wanted
+
+S = TypeVar("S")
+
+PAGE = 5_000
+"""Events of one stream in one call, at most."""
+_TOGETHER = 10_000
+"""Events of all streams in one call, at most..."""
+_SHARE = 50
+"""...but for this many of each: most streams are short, and are loaded in one go however many there are."""
+
+
+class Loads(Protocol):
+    async def load(self, wanted: Sequence[Wanted]) -> Sequence[Slice]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Folded(Generic[S]):
+    """`state` is what the stream was at `version`. `events` of them were folded, onto the snapshot at
+    `snapshot_version` if there was one."""
+
+    stream: StreamId
+    version: Version
+    state: S
+    events: int
+    snapshot_version: Version | None = None
+
+
+async def load_folded(
+    store: Loads,
+    wanted: Sequence[Wanted],
+    *,
+    begin: Callable[[Slice], S],
+    fold: Callable[[S, Sequence[Envelope]], S],
+    page: int = PAGE,
+) -> dict[StreamId, Folded[S] | Exception]:
+    """The state of each wanted stream, which are distinct, as it was at some one moment: a stream that grows meanwhile
+    is folded to where it was first seen.
+
+    `begin` is given a stream's first slice and answers the state before its records: the initial one, or what
+    `slice.snapshot` holds. What `begin` or `fold` raises is the answer for that stream, and concerns no other. What the
+    store raises is raised.
+    """
+    streams: list[_Stream[S]] = [_Stream(one) for one in wanted]
+    left = streams
+    while left:
+        most = min(page, max(_SHARE, _TOGETHER // len(left)))
+        for stream, part in zip(left, await store.load([one.next(most) for one in left]), strict=True):
+            try:
+                stream.take(part, begin, fold)
+            except Exception as error:
+                stream.failed = error
+        left = [one for one in left if one.unfinished]
+    return {one.wanted.stream: one.failed or one.folded() for one in streams}
+
+
+class _Stream(Generic[S]):
+    __slots__ = ("_at", "_begun", "_events", "_snapshot", "_state", "_target", "failed", "wanted")
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.wanted = wanted
+        self.failed: Exception | None = None
+        self._at = self._target = wanted.after
+        self._begun = False
+        self._events = 0
+        self._snapshot: Version | None = None
+
+    _state: S
+
+    @property
+    def unfinished(self) -> bool:
+        return self.failed is None and self._at < self._target
+
+    def next(self, most: int) -> Wanted:
+        wanted = self.wanted
+        if not self._begun:
+            return replace(wanted, limit=most if wanted.limit is None else min(most, wanted.limit))
+        return Wanted(wanted.stream, after=self._at, limit=min(most, self._target - self._at))
+
+    def take(self, part: Slice, begin: Callable[[Slice], S], fold: Callable[[S, Sequence[Envelope]], S]) -> None:
+        if not self._begun:
+            self._begun = True
+            if part.snapshot is not None:
+                self._at = self._snapshot = part.snapshot.version
+            limit = self.wanted.limit
+            self._target = part.version if limit is None else min(part.version, self._at + limit)
+            self._state = begin(part)
+        if part.records:
+            first = part.records[0].version
+            if first != self._at + 1:
+                raise _gone(part, f"found version {first}, wanted {self._at + 1}")
+            self._state = fold(self._state, part.records)
+            self._events += len(part.records)
+            self._at = part.records[-1].version or self._at
+        elif self._at < self._target:
+            raise _gone(part, f"nothing after {self._at}, wanted up to {self._target}")
+
+    def folded(self) -> Folded[S]:
+        return Folded(self.wanted.stream, self._at, self._state, self._events, self._snapshot)
+
+
+def _gone(part: Slice, found: str) -> EventStoreError:
+    return EventStoreError(
+        f"stream {part.stream} at version {part.version}: {found}; was it truncated or archived while it was loaded? "
+        "Load it again"
+    )
+
+
+__all__ = ["PAGE", "Folded", "Loads", "load_folded"]
