@@ -312,6 +312,16 @@ class Store(Protocol):
         """A transaction with `tx.sql`, an SQLAlchemy connection; committed when the context ends without an error."""
         ...
 
+    async def take(self, tx: Tx, consumer: str, message_id: UUID) -> Standing:
+        """First statement of a transaction that will commit a unit with this claim: waits for whoever else is at the
+        same message, keeps others waiting until `tx` ends, and answers what is known of it then."""
+        ...
+
+    def committed(self) -> None:
+        """A transaction that was given as `tx` has committed: readers of this process need not find out by
+        themselves. Only a hint: without it they are late by a poll."""
+        ...
+
     async def read_stream(
         self,
         stream: StreamId,
