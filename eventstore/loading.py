@@ -56,7 +56,7 @@ async def load_folded(
     store raises is raised.
     """
     streams: list[_Stream[S]] = [_Stream(one) for one in wanted]
-    left = streams
+    left: list[_Stream[S]] = streams
     while left:
         most = min(page, max(_SHARE, _TOGETHER // len(left)))
         for stream, part in zip(left, await store.load([one.next(most) for one in left]), strict=True):

@@ -21,6 +21,7 @@ from bus.seams import Clock, Failpoint, Ids
 from bus.transport import Delivery
 from eventstore.behaviour import Behaviour, Decision
 from eventstore.errors import BadUnit
+from eventstore.loading import Folded, load_folded
 from eventstore.port import (
     Append,
     Claim,
@@ -120,15 +121,20 @@ class UnitProcessor:
             else:
                 states[stream] = known
         if wanted:
-            for part in await self._store.load([Wanted(stream) for stream in wanted]):
-                try:
-                    folded = self._behaviour.fold(self._behaviour.initial(part.stream), part.records)
-                except Exception as error:  # the stream cannot be folded: fails whoever needs it, nobody else
-                    for work in works:
-                        if work.stream == part.stream and work.result is None:
-                            work.result = Failed(error)
-                else:
-                    states[part.stream] = (part.version, folded)
+            behaviour = self._behaviour
+            found = await load_folded(
+                self._store,
+                [Wanted(stream) for stream in wanted],
+                begin=lambda part: behaviour.initial(part.stream),
+                fold=behaviour.fold,
+            )
+            for stream, folded in found.items():
+                if isinstance(folded, Folded):
+                    states[stream] = (folded.version, folded.state)
+                    continue
+                for work in works:  # the stream cannot be folded: fails whoever needs it, nobody else
+                    if work.stream == stream and work.result is None:
+                        work.result = Failed(folded)
         return states
 
     def _decide(self, works: Sequence[Work], states: dict[StreamId, tuple[Version, Any]]) -> None:
