@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bus.envelope import StreamId, Version
+from bus.envelope import Position, StreamId, Version
 from bus.errors import FoldbusError
 
 
@@ -16,7 +16,8 @@ class StoreUnavailable(EventStoreError):
 
 class BadUnit(EventStoreError):
     """A unit contradicts itself (no events in an append, a stream appended to twice, a NUL in text, no topic on an
-    outgoing message): a mistake in the code that staged it. Nothing was written."""
+    outgoing message) or passes a limit of `eventstore/checks.py`: a mistake in the code that staged it. Nothing was
+    written."""
 
 
 class WrongExpectedVersion(EventStoreError):
@@ -33,6 +34,19 @@ class SchemaMismatch(EventStoreError):
 
 class WrongEpoch(EventStoreError):
     """A checkpoint or token is from another epoch of the log: the database was restored meanwhile."""
+
+
+class CheckpointAhead(EventStoreError):
+    """A reader wants to go on behind a position that this log never drew: another database, one restored from a backup,
+    or a standby promoted before it had everything. Reading on would skip what is yet to be written up to there."""
+
+    def __init__(self, after: Position, *, drawn: Position) -> None:
+        super().__init__(
+            f"found a checkpoint at position {after}, but this log has only drawn {drawn}: it is another database, or "
+            "one from before the checkpoint; nothing was read. Restore the right one, or raise the epoch "
+            "(`foldbus db restored`) and begin again from a checkpoint that is in it"
+        )
+        self.after, self.drawn = after, drawn
 
 
 class StreamArchived(EventStoreError):
