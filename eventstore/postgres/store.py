@@ -32,6 +32,7 @@ from eventstore.port import (
     Outcome,
     Page,
     Slice,
+    Snapshot,
     Standing,
     Tx,
     Unit,
@@ -43,6 +44,7 @@ from eventstore.postgres import feed, schema
 from eventstore.postgres.errors import DRIVER_ERRORS, Trouble, kind, translated
 from eventstore.postgres.leases import PostgresLeases
 from eventstore.postgres.pool import Pool, driver_dsn, make_engine
+from eventstore.postgres.snapshots import PostgresSnapshots
 from eventstore.postgres.timers import PostgresTimers
 from eventstore.postgres.units import ARGUMENTS, LEAN_ARGUMENTS, STATES, Call
 
@@ -82,6 +84,7 @@ class PostgresStore:
         self._wakeups = feed.Wakeups(driver_dsn(dsn), self.schema, metrics)
         self.leases = PostgresLeases(self._row, self.schema, clock, metrics)
         self.timers = PostgresTimers(self._rows, self.schema, clock)
+        self.snapshots = PostgresSnapshots(self._rows, self.schema)
         self._commit_sql = f"select * from {self.schema}.commit_units({_places(ARGUMENTS)})"
         self._commit_one_sql = f"select * from {self.schema}.commit_one({_places(LEAN_ARGUMENTS)})"
 
@@ -261,15 +264,18 @@ class PostgresStore:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     async def load(self, wanted: Sequence[Wanted]) -> Sequence[Slice]:
-        found = await self._rows(
-            f"select * from {self.schema}.load($1, $2, $3, $4)",
+        arguments: list[Any] = [
             [one.stream.category for one in wanted],
             [one.stream.id for one in wanted],
             [one.after for one in wanted],
             [one.limit for one in wanted],
-        )
+        ]
+        if any(one.snapshot_schema is not None for one in wanted):
+            arguments.append([one.snapshot_schema for one in wanted])
+        found = await self._rows(f"select * from {self.schema}.load({_places(len(arguments))})", *arguments)
         versions = [0] * len(wanted)
         records: list[list[Envelope]] = [[] for _ in wanted]
+        snapshots: list[Snapshot | None] = [None] * len(wanted)
         for row in found:
             nth, stream_version, id, type, key, topic, time, data, meta, version, position = row
             place = int(nth) - 1
@@ -277,8 +283,12 @@ class PostgresStore:
             if id is not None:
                 stream = wanted[place].stream
                 records[place].append(rows.envelope(id, type, key, topic, data, time, meta, stream, version, position))
+            elif version is not None:
+                one = wanted[place]
+                snapshots[place] = Snapshot(one.stream, version, str(one.snapshot_schema), data, time)
         return [
-            Slice(one.stream, version, events) for one, version, events in zip(wanted, versions, records, strict=True)
+            Slice(one.stream, version, events, snapshot)
+            for one, version, events, snapshot in zip(wanted, versions, records, snapshots, strict=True)
         ]
 
     async def examine(self, consumer: str, ids: Sequence[tuple[UUID, str]]) -> Sequence[Standing]:

@@ -11,7 +11,8 @@ from uuid import UUID
 from bus.envelope import Envelope, Offset, Position, StreamId
 from eventstore import rows
 from eventstore.port import ClaimState, DeadLetter, Page, Slice, Standing, Wanted
-from eventstore.sqlite.session import DriverSession
+from eventstore.sqlite import snapshots
+from eventstore.sqlite.session import DriverSession, Session
 from eventstore.sqlite.units import claim_rows, stream_rows
 
 _STREAM = (
@@ -40,17 +41,21 @@ def load(connection: sqlite3.Connection, wanted: Sequence[Wanted]) -> list[Slice
     for one in wanted:
         number, version = known.get(one.stream, (0, 0))
         records: list[Envelope] = []
-        if version > one.after and one.limit != 0:
+        after, snapshot = one.after, None
+        if one.snapshot_schema is not None and version > after:
+            snapshot = snapshots.find(connection, one.stream, one.snapshot_schema, after)
+            after = after if snapshot is None else snapshot.version
+        if version > after and one.limit != 0:
             limit = -1 if one.limit is None else one.limit
             records = [
                 rows.envelope(
                     UUID(bytes=id), type, key, topic, data, rows.instant(time), meta, one.stream, at, position
                 )
                 for id, type, key, topic, data, time, meta, at, position in connection.execute(
-                    _STREAM, (number, one.after, limit)
+                    _STREAM, (number, after, limit)
                 )
             ]
-        slices.append(Slice(one.stream, version, records))
+        slices.append(Slice(one.stream, version, records, snapshot))
     return slices
 
 

@@ -39,6 +39,7 @@ from eventstore.port import (
     Outcome,
     Page,
     Slice,
+    Snapshots,
     Standing,
     Timers,
     Tx,
@@ -52,6 +53,7 @@ from eventstore.sqlite.database import Mergeable, SqliteDatabase
 from eventstore.sqlite.faults import is_busy, translated
 from eventstore.sqlite.leases import SqliteLeases
 from eventstore.sqlite.session import DriverSession, Session, SqlalchemySession
+from eventstore.sqlite.snapshots import SqliteSnapshots
 from eventstore.sqlite.timers import SqliteTimers
 from eventstore.sqlite.units import Call, Written, commit_calls
 from eventstore.sqlite.watch import Watch
@@ -83,6 +85,7 @@ class SqliteStore:
         self._watch = Watch(database.connect(query_only=True), clock)
         self._leases = SqliteLeases(database, clock, metrics)
         self._timers = SqliteTimers(database, clock)
+        self._snapshots = SqliteSnapshots(database)
         self._engine: AsyncEngine | None = None
         self._random = random.Random()
 
@@ -220,6 +223,10 @@ class SqliteStore:
     @property
     def timers(self) -> Timers:
         return self._timers
+
+    @property
+    def snapshots(self) -> Snapshots:
+        return self._snapshots
 
     # --- transactions ------------------------------------------------------------------------------------------------
 
