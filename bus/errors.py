@@ -38,6 +38,14 @@ class UnknownVersion(BadInput):
     """The type is known, this version of it is not."""
 
 
+class UpcastFailed(Undecodable):
+    """An old message could not be brought up to date: its upcaster raised, or gave what is no message's JSON."""
+
+
+class BadUpcaster(BusError):
+    """The table of upcasters cannot work: found at start-up, nothing was read."""
+
+
 class MessageTooLarge(BusError):
     """A message is over the transport's limit; found when it is staged, nothing was committed or sent."""
 

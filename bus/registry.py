@@ -1,4 +1,5 @@
-"""The type registry: which classes a service names. Built from explicit lists; nothing is looked up by import path."""
+"""The type registry: which classes a service names, and what becomes of older types. Built from explicit lists;
+nothing is looked up by import path."""
 
 from __future__ import annotations
 
@@ -7,14 +8,22 @@ from typing import TypeVar
 
 from bus.errors import BadMessageClass, UnknownType, UnknownVersion
 from bus.messages import Message, Refused, TypeName
+from bus.upcasting import Upcaster, Upcasting
 
 M = TypeVar("M", bound=Message)
 
 
 class Registry:
-    """Type name to class, refusal code to class. Raises BadMessageClass when two classes claim one name."""
+    """Type name to class, refusal code to class, older type to `upcasting`. Raises BadMessageClass when two classes
+    claim one name, BadUpcaster."""
 
-    def __init__(self, messages: Iterable[type[Message]] = (), refusals: Iterable[type[Refused]] = ()) -> None:
+    def __init__(
+        self,
+        messages: Iterable[type[Message]] = (),
+        refusals: Iterable[type[Refused]] = (),
+        upcasters: Iterable[Upcaster] = (),
+    ) -> None:
+        self.upcasting = Upcasting(upcasters)
         self._types: dict[str, type[Message]] = {}
         self._bases: dict[str, set[int]] = {}
         self._refusals: dict[str, type[Refused]] = {}
