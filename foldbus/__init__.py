@@ -28,6 +28,7 @@ _check_siblings()
 from bus.envelope import Envelope, StreamId, Token  # noqa: E402
 from bus.errors import (  # noqa: E402
     BadMessageClass,
+    BadUpcaster,
     BusError,
     Cancelled,
     Died,
@@ -38,13 +39,17 @@ from bus.errors import (  # noqa: E402
     OutcomeUnknown,
     TopicMismatch,
     TransportUnavailable,
+    UpcastFailed,
 )
 from bus.messages import Command, Event, Key, Message, Query, Refused  # noqa: E402
 from bus.metrics import MemoryMetrics, Metrics  # noqa: E402
+from bus.upcasting import Upcaster, drop_event, split_event, upcast  # noqa: E402
 from eventstore.decider import BadDecider, BadDecision, Decider  # noqa: E402
 from eventstore.errors import EventStoreError, StoreUnavailable, WrongExpectedVersion  # noqa: E402
 from foldbus.connection import Connection, Receipt, Status, token_of  # noqa: E402
+from foldbus.handlers import BadAnswer, BadHandler, Context, Handler, ThreadContext  # noqa: E402
 from foldbus.service import BadService, Service  # noqa: E402
+from foldbus.transactions import BadTransaction  # noqa: E402
 from foldbus.worker import Worker, WorkerSettings  # noqa: E402
 from projections import (  # noqa: E402
     BadProjection,
@@ -67,21 +72,27 @@ from sagas import (  # noqa: E402
 )
 
 __all__ = [
+    "BadAnswer",
     "BadDecider",
     "BadDecision",
+    "BadHandler",
     "BadMessageClass",
     "BadProjection",
     "BadService",
+    "BadTransaction",
+    "BadUpcaster",
     "BusError",
     "Cancelled",
     "Command",
     "Connection",
+    "Context",
     "Decider",
     "Died",
     "Envelope",
     "Event",
     "EventStoreError",
     "FoldbusError",
+    "Handler",
     "Key",
     "MemoryMetrics",
     "Message",
@@ -108,14 +119,20 @@ __all__ = [
     "StepTimedOut",
     "StoreUnavailable",
     "StreamId",
+    "ThreadContext",
     "Token",
     "TokenElsewhere",
     "TopicMismatch",
     "TransportUnavailable",
+    "UpcastFailed",
+    "Upcaster",
     "Worker",
     "WorkerSettings",
     "WrongExpectedVersion",
+    "drop_event",
     "projection",
     "saga",
+    "split_event",
     "token_of",
+    "upcast",
 ]

@@ -17,22 +17,26 @@ from uuid import UUID
 
 from pydantic import BaseModel
 
-from bus.codec import check_size, died_error
+from bus.codec import died_error
 from bus.envelope import Envelope, Origin, ReplyOutcome, ReplyTo, Token
-from bus.errors import BadMessageClass, Cancelled, Died, NobodyDecides, OutcomeUnknown, TransportUnavailable
-from bus.messages import Command, Event, Message, Refused
+from bus.errors import Cancelled, Died, NobodyDecides, OutcomeUnknown, TransportUnavailable
+from bus.messages import Command, Message, Refused
 from bus.metrics import MemoryMetrics, Metrics
 from bus.processing import Again, Failed, Item
-from bus.registry import service_of
 from bus.seams import Clock, Failpoint, Ids, NoFailpoints, SystemClock, Uuid7Ids
 from bus.topics import apply, validate
 from bus.transport import Transport
+from eventstore.errors import WrongExpectedVersion
 from eventstore.port import ClaimState, Store, Tx, Unit, Verdict
 from foldbus.backends import BusUrl, StoreUrl, open_store, open_transport
 from foldbus.outbox import Inbox, Publisher
+from foldbus.staging import Staging, check_kind
+from foldbus.transactions import in_transaction
 from foldbus.views import View
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
     from foldbus.service import Service
     from foldbus.worker import Worker
     from projections import Projection
@@ -72,30 +76,11 @@ def token_of(answer: object) -> Token | None:
     return cast("Token | None", getattr(answer, "__dict__", {}).get(_TOKEN))
 
 
-class StagedUnit:
+class StagedUnit(Staging):
     """What `Connection.unit()` collects; committed when the context ends without an error."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._outgoing: list[Envelope] = []
-
-    def publish(self, event: Event) -> UUID:
-        """Stored with the unit, published after its commit. Raises MessageTooLarge at once."""
-        _check_kind(event, Event)
-        return self._stage(event, f"{self._connection.service.name}.events")
-
-    def send(self, command: Command[Any], *, id: UUID | None = None) -> UUID:
-        """Stored with the unit, sent after its commit; nobody waits for the answer."""
-        return self._stage(command, f"{_check_kind(command, Command)}.commands", id)
-
-    def _stage(self, message: Message, topic: str, id: UUID | None = None) -> UUID:
-        envelope = self._connection.envelope(message, topic=topic, id=id)
-        self._connection.check_size(envelope)
-        self._outgoing.append(envelope)
-        return envelope.id
-
     def unit(self) -> Unit:
-        return Unit(outgoing=tuple(self._outgoing))
+        return Unit(appends=self.appends, outgoing=self.outgoing)
 
 
 class Connection:
@@ -126,7 +111,7 @@ class Connection:
         Raises BadMessageClass, MessageTooLarge, MissingTopics (it was not sent) or OutcomeUnknown (send it again with
         its id).
         """
-        envelope = self.envelope(command, topic=f"{_check_kind(command, Command)}.commands", id=id)
+        envelope = self.envelope(command, topic=f"{check_kind(command, Command)}.commands", id=id)
         await self.publisher.publish(envelope)
         return envelope.id
 
@@ -167,7 +152,7 @@ class Connection:
         when no answer came in `timeout_s`: call again with `id=error.id`, which has no second effect and brings the
         stored answer. Raises BadMessageClass or NobodyDecides at once for what no worker could answer.
         """
-        owner = _check_kind(command, Command)
+        owner = check_kind(command, Command)
         if topic is None and owner == self.service.name and not self.service.decides(type(command)):
             raise NobodyDecides(
                 f"{command.type_name} belongs to service {owner!r}, and no decider of it takes it; nothing was sent: "
@@ -200,7 +185,7 @@ class Connection:
         The same `id` again brings the first answer. Raises the `Refused`, or what the decider raised (nothing was
         committed).
         """
-        _check_kind(command, Command)
+        check_kind(command, Command)
         processor = self._own_processor()
         message_id = id or self.ids.new()
         item = Item(self.envelope(command, topic=None, id=message_id), None)
@@ -222,12 +207,21 @@ class Connection:
         return Status(standing.state, standing.reply)
 
     @asynccontextmanager
-    async def unit(self, *, tx: Tx | None = None) -> AsyncGenerator[StagedUnit]:
-        """Stages messages and commits them together; with `tx`, in that transaction of the store's database."""
-        staged = StagedUnit(self)
+    async def unit(self, *, tx: Tx | AsyncSession | AsyncConnection | None = None) -> AsyncGenerator[StagedUnit]:
+        """Stages events and messages and writes them together when the context ends without an error.
+
+        With `tx`, an SQLAlchemy session or connection on the store's own database, they are written in its transaction,
+        beside your own rows, and live or die with it: committing is up to you, and best done soon, since readers of the
+        log wait for an appender. Raises WrongExpectedVersion when a stream moved on; nothing of the unit is written.
+        """
+        staged = StagedUnit(self.service.name, self.envelope, max_bytes=self.transport.max_bytes)
         yield staged
-        (outcome,) = await self.store.commit([staged.unit()], tx=tx)
-        assert outcome.verdict is Verdict.COMMITTED, outcome
+        within = None if tx is None else await in_transaction(tx, self.store)
+        (outcome,) = await self.store.commit([staged.unit()], tx=within)
+        if outcome.verdict is not Verdict.COMMITTED:
+            assert outcome.stream is not None, outcome
+            assert outcome.actual is not None, outcome
+            raise WrongExpectedVersion(outcome.stream, expected=outcome.expected, actual=outcome.actual)
 
     def view(self, projection: Projection[Row]) -> View[Row]:
         """A read model of this service, to look at: `get(key, after=answer)` waits until it has seen that answer."""
@@ -247,9 +241,6 @@ class Connection:
         message_id = id or self.ids.new()
         origin = Origin(self.service.name, message_id, self.clock.now(), correlation_id=message_id)
         return self.service.codec.encode(message, origin, topic=topic, reply_to=reply_to, deadline=deadline)
-
-    def check_size(self, envelope: Envelope) -> None:
-        check_size(envelope, self.transport.max_bytes)
 
     def _own_processor(self) -> Any:
         from foldbus.worker import command_processor
@@ -276,13 +267,6 @@ class Connection:
             # Beside the fields: kept out of equality, hash and dump.
             object.__setattr__(value, _TOKEN, reply.token)
         return cast("R", value)
-
-
-def _check_kind(message: object, wanted: type[Message]) -> str:
-    """The service that owns it. Raises BadMessageClass for what is no message of that kind, or has no type name."""
-    if not isinstance(message, wanted):
-        raise BadMessageClass(f"{type(message).__qualname__} is no {wanted.__name__}; nothing was sent")
-    return service_of(type(message))
 
 
 def _no_answer(timeout_s: float, owner: str) -> str:

@@ -3,6 +3,7 @@
 | part | reads | group |
 | --- | --- | --- |
 | commands | `<service>.commands` | `<service>` |
+| each handler of events | the topics of its events | `<service>.handler.<name>` |
 | each saga's starts | the topic of its start event | `<service>.saga.<name>` |
 | replies, timeouts, operators' verbs of all sagas | `<service>.replies` | `<service>.replies` |
 | relay | own log | by lease |
@@ -24,13 +25,17 @@ from bus.consumer import ConsumerEngine, EngineSettings
 from bus.envelope import Envelope
 from bus.errors import MissingTopics, Undecodable, UnknownType
 from bus.messages import Event
-from bus.processing import Item
+from bus.processing import Item, Processor
 from bus.transport import Delivery
+from bus.upcast_processing import UpcastProcessor
 from eventstore.behaviour import Behaviour
 from eventstore.decider import DeciderBehaviour
 from eventstore.errors import StoreUnavailable
+from foldbus.handlers import Handler
+from foldbus.handling import HandlerProcessor
 from foldbus.relay import Relay, RelaySettings
 from foldbus.runtime import UnitProcessor
+from foldbus.service import handler_group
 from foldbus.views import all_projections, projection_runner
 from projections import ProjectionSettings
 from sagas import CANCEL_TYPE, RETRY_TYPE, TIMEOUT_TYPE, SagaBehaviour, SagaDefinition, saga_group
@@ -53,21 +58,41 @@ class WorkerSettings:
     stop_timeout_s: float = 30.0
 
 
-def command_processor(connection: Connection) -> UnitProcessor:
+def command_processor(connection: Connection) -> UnitProcessor | HandlerProcessor:
     """The processor of a service's own commands; claims carry the service's name."""
     service = connection.service
     behaviour = DeciderBehaviour(
         service.deciders, service=service.name, codec=service.codec, ids=connection.ids, clock=connection.clock
     )
-    taken = frozenset(str(command.type_name) for decider in service.deciders for command in decider.commands)
+    taken = behaviour.commands
 
     def wants(type_name: str) -> bool:
         if type_name in taken:
             return True
         service.registry.find(type_name)  # says that the version is unknown, where it is that
-        raise UnknownType(f"type {type_name!r} arrived on {service.name}.commands, but no decider here takes it")
+        raise UnknownType(f"type {type_name!r} arrived on {service.name}.commands, but nobody here takes it")
 
-    return _processor(connection, service.name, service.name, behaviour, wants)
+    inner = _processor(connection, service.name, service.name, behaviour, wants)
+    handlers = {str(command.type_name): handler for handler in service.handlers for command in handler.commands}
+    return HandlerProcessor(connection, inner, handlers, consumer=service.name) if handlers else inner
+
+
+def subscription_processor(connection: Connection, handler: Handler) -> HandlerProcessor:
+    """The processor of one handler of events."""
+    service = connection.service
+    group = handler_group(service.name, handler)
+    bases = frozenset(event.type_name.base for event in handler.events)
+
+    def wants(type_name: str) -> bool:
+        if type_name.rpartition(".v")[0] in bases:  # an event that it names, in a version that nobody here does
+            service.registry.find(type_name)
+        return False
+
+    behaviour = DeciderBehaviour(
+        (), service=service.name, codec=service.codec, ids=connection.ids, clock=connection.clock
+    )
+    inner = _processor(connection, group, group, behaviour, wants)
+    return HandlerProcessor(connection, inner, {str(one.type_name): handler for one in handler.events}, consumer=group)
 
 
 def _processor(
@@ -112,8 +137,8 @@ def _saga_behaviour(
     )
 
 
-def start_processor(connection: Connection, name: str) -> UnitProcessor:
-    """Starts of one saga (all its versions listed; the newest starts)."""
+def start_processor(connection: Connection, name: str) -> Processor:
+    """Starts of one saga (all its versions listed; the newest starts), also from events that are upcast to its own."""
     service = connection.service
     definitions = [one for one in service.sagas if one.name == name]
     starts = frozenset(str(one.start.type_name) for one in definitions)
@@ -127,7 +152,10 @@ def start_processor(connection: Connection, name: str) -> UnitProcessor:
         return False
 
     consumer = saga_group(service.name, name)
-    return _processor(connection, consumer, consumer, _saga_behaviour(connection, definitions, name), wants)
+    units = _processor(connection, consumer, consumer, _saga_behaviour(connection, definitions, name), wants)
+    if not service.registry.upcasting:
+        return units
+    return UpcastProcessor(units, starts, codec=service.codec, metrics=connection.metrics)
 
 
 def reply_processor(connection: Connection) -> UnitProcessor:
@@ -162,8 +190,11 @@ class Worker:
 
     def _build(self) -> None:
         service = self.connection.service
-        if service.deciders:
+        if service.name in service.groups:
             self._engine([f"{service.name}.commands"], command_processor(self.connection))
+        for handler in service.subscriptions:
+            topics = sorted({self._topic(event) for event in handler.events})
+            self._engine(topics, subscription_processor(self.connection, handler))
         for name in dict.fromkeys(definition.name for definition in service.sagas):
             topics = sorted({self._topic(one.start) for one in service.sagas if one.name == name})
             self._engine(topics, start_processor(self.connection, name))
@@ -184,7 +215,7 @@ class Worker:
     def _topic(self, event: type[Event]) -> str:
         return self.connection.service.topic_of(event)
 
-    def _engine(self, topics: list[str], processor: UnitProcessor) -> ConsumerEngine:
+    def _engine(self, topics: list[str], processor: Processor) -> ConsumerEngine:
         connection = self.connection
         engine = ConsumerEngine(
             connection.transport,

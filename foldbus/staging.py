@@ -1,0 +1,96 @@
+"""What a unit collects before it is committed: events for streams, messages to publish, commands to send.
+
+The same for `Connection.unit()` and for a handler's `ctx`; only the cause that messages inherit from differs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeVar
+from uuid import UUID
+
+from bus.codec import check_size
+from bus.envelope import Envelope, StreamId
+from bus.errors import BadMessageClass
+from bus.messages import Command, Event, Message
+from bus.registry import service_of
+from eventstore.decider import BadDecision, Decider
+from eventstore.port import ANY, Append, ExpectedVersion
+
+E = TypeVar("E", bound=Event)
+
+
+class MakeEnvelope(Protocol):
+    def __call__(self, message: Message, *, topic: str | None, id: UUID | None = None) -> Envelope: ...
+
+
+class Staging:
+    """Nothing here is written before its unit is committed, in the order in which it was staged: events first."""
+
+    def __init__(self, service: str, envelope: MakeEnvelope, *, max_bytes: int) -> None:
+        self._service, self._envelope, self._max_bytes = service, envelope, max_bytes
+        self._appends: dict[StreamId, tuple[ExpectedVersion, list[Envelope]]] = {}
+        self._outgoing: list[Envelope] = []
+
+    def publish(self, event: Event) -> UUID:
+        """Stored with the unit, published after its commit; it enters no stream. Raises MessageTooLarge at once."""
+        check_kind(event, Event)
+        return self._stage(event, f"{self._service}.events")
+
+    def send(self, command: Command[Any], *, id: UUID | None = None) -> UUID:
+        """Stored with the unit, sent after its commit; nobody waits for the answer."""
+        return self._stage(command, f"{check_kind(command, Command)}.commands", id)
+
+    def append(self, decider: Decider[Any, Any, E], *events: E, expected: ExpectedVersion = ANY) -> None:
+        """Appends to the stream of the events' key; public ones are published too. `expected` is the version that the
+        writer saw (0: the stream must not exist). A second call for the same stream adds to the first, whose
+        `expected` counts.
+
+        Raises BadDecision for an event that the decider does not evolve on, or of another key than the first. The
+        commit raises WrongExpectedVersion, and then nothing of the unit is written.
+        """
+        if not events:
+            return
+        key = events[0].key
+        for event in events:
+            if not isinstance(event, decider.events):
+                raise BadDecision(
+                    f"{type(event).__name__} was appended to {decider!r}; wanted one of "
+                    f"{', '.join(known.__name__ for known in decider.events)}; nothing was stored"
+                )
+            if event.key != key:
+                raise BadDecision(
+                    f"events with keys {key!r} and {event.key!r} were appended to {decider!r} in one call; an append "
+                    "is to one stream; nothing was stored"
+                )
+        _, staged = self._appends.setdefault(decider.stream(key), (expected, []))
+        for event in events:
+            topic = f"{self._service}.events" if type(event).public else None
+            envelope = self._envelope(event, topic=topic)
+            check_size(envelope, self._max_bytes)
+            staged.append(envelope)
+
+    @property
+    def appends(self) -> tuple[Append, ...]:
+        return tuple(
+            Append(stream, expected, tuple(envelopes)) for stream, (expected, envelopes) in self._appends.items()
+        )
+
+    @property
+    def outgoing(self) -> tuple[Envelope, ...]:
+        return tuple(self._outgoing)
+
+    def _stage(self, message: Message, topic: str, id: UUID | None = None) -> UUID:
+        envelope = self._envelope(message, topic=topic, id=id)
+        check_size(envelope, self._max_bytes)
+        self._outgoing.append(envelope)
+        return envelope.id
+
+
+def check_kind(message: object, wanted: type[Message]) -> str:
+    """The service that owns it. Raises BadMessageClass for what is no message of that kind, or has no type name."""
+    if not isinstance(message, wanted):
+        raise BadMessageClass(f"{type(message).__qualname__} is no {wanted.__name__}; nothing was sent")
+    return service_of(type(message))
+
+
+__all__ = ["Staging", "check_kind"]
