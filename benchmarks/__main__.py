@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import appends, arrays, durable, latency, purchases, relaying
+from benchmarks import appends, arrays, durable, latency, purchases, relaying, store
 from benchmarks.harness import Row, Setting, table
 from tests.servers import MissingServer, both
 
@@ -30,6 +30,7 @@ BENCHMARKS: Mapping[str, Callable[[Setting], Coroutine[Any, Any, list[Row]]]] = 
     "relay": relaying.run,
     "purchases": purchases.run,
     "latency": latency.run,
+    "store": store.run,
 }
 
 

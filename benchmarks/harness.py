@@ -62,13 +62,15 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One variant of one case: a figure per round, beside the floor's of the same rounds (empty: it has none)."""
+    """One variant of one case: a figure per round, beside the floor's of the same rounds (empty: it has none). Without
+    figures, `note` says why."""
 
     case: str
     variant: str
     unit: str
     values: tuple[float, ...]
     floor: tuple[float, ...] = ()
+    note: str = ""
 
     @property
     def median(self) -> float:
@@ -86,6 +88,8 @@ class Row:
         return (min(found), max(found)) if found else None
 
     def as_json(self) -> dict[str, Any]:
+        if not self.values:
+            return {"case": self.case, "variant": self.variant, "note": self.note}
         return {
             "case": self.case,
             "variant": self.variant,
@@ -158,6 +162,9 @@ def table(rows: list[Row]) -> str:
         if row.case != case:
             case = row.case
             lines += ["", case]
+        if not row.values:
+            lines.append(f"  {row.variant:<44} {row.note}")
+            continue
         spread = f"[{_short(min(row.values))}–{_short(max(row.values))}]"
         line = f"  {row.variant:<44} {_short(row.median):>8} {row.unit:<22} {spread:<18}"
         if row.ratio is not None and row.ratios is not None:

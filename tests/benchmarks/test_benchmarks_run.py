@@ -14,12 +14,16 @@ from benchmarks.__main__ import BENCHMARKS
 from benchmarks.harness import Row, Setting, compare, per_second, quantile, table
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)  # "store" starts a process per peer, twelve in all
 @pytest.mark.parametrize("name", BENCHMARKS)
 async def test_a_benchmark_measures_each_of_its_variants(name: str, kafka: str, postgres: str, tmp_path: Path) -> None:
     rows = await BENCHMARKS[name](Setting(kafka, postgres, tmp_path, rounds=1, quick=True))
     cases: dict[str, set[str]] = {}
     for row in rows:
+        if row.note:  # a peer that is not installed: it is not what is tested
+            assert not row.values
+            assert "not installed" in row.note, row
+            continue
         assert len(row.values) == 1
         assert all(math.isfinite(value) and value > 0 for value in row.values), row
         cases.setdefault(row.case, set()).add(row.variant)
