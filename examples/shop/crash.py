@@ -14,6 +14,7 @@ from typing import Protocol
 
 from foldbus import Connection, Metrics, Service
 
+_FUTILE_KILLS = 8
 _HERE = Path(__file__).resolve().parent.parent
 
 
@@ -22,6 +23,10 @@ class Workers(Protocol):
 
     def running(self) -> AbstractAsyncContextManager[None]:
         """The services run while the context lasts."""
+        ...
+
+    def moved(self) -> None:
+        """Something went through to its end."""
         ...
 
     def calm(self) -> None:
@@ -52,6 +57,9 @@ class SteadyWorkers:
                 self._connections.append(connection)
             yield
 
+    def moved(self) -> None:
+        return None
+
     def calm(self) -> None:
         return None
 
@@ -63,7 +71,10 @@ class SteadyWorkers:
 
 class Crashes:
     """Each service in a process of its own, started again whenever it ends. One of them is killed with SIGKILL every
-    0.5 to 4 seconds, at a moment and of a service that the seed decides, until `calm`."""
+    0.5 to 4 seconds, at a moment and of a service that the seed decides, until `calm`.
+
+    A busy machine may need longer to start a worker than it is let live. So after every eight kills in a row without
+    anything going through the pauses are doubled, until something does."""
 
     def __init__(
         self,
@@ -84,6 +95,7 @@ class Crashes:
         self._calm = False
         self._ending = False
         self.kills = 0
+        self._futile = 0
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
@@ -102,6 +114,9 @@ class Crashes:
                 if _alive(process):
                     process.kill()
             await asyncio.gather(killer, *keepers, return_exceptions=True)
+
+    def moved(self) -> None:
+        self._futile = 0
 
     def calm(self) -> None:
         self._calm = True
@@ -131,12 +146,13 @@ class Crashes:
 
     async def _kill(self) -> None:
         while self._killing():
-            await asyncio.sleep(self._rng.uniform(*self._every_s))
+            await asyncio.sleep(self._rng.uniform(*self._every_s) * 2 ** min(self._futile // _FUTILE_KILLS, 4))
             name = self._rng.choice(self._names)
             process = self._running.get(name)
             if process is not None and _alive(process) and self._killing():
                 process.kill()
                 self.kills += 1
+                self._futile += 1
 
     def _killing(self) -> bool:
         return not self._calm

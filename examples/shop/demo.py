@@ -189,6 +189,7 @@ class _Till:
                         self._open.discard(envelope.key)
                         self._room.release()
                         self._moved = time.monotonic()
+                        self._workers.moved()
                 self._progress.at(len(self._ended), open=len(self._open), kills=self._workers.kills)
                 if time.monotonic() - self._moved > self._options.patience_s:
                     raise DemoFailed(

@@ -7,13 +7,17 @@ orders, payments, insights and warehouse. `python -m benchmarks.soak` does the s
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from shop import orders
+from shop.crash import Crashes
 from tests.servers import start_kafka
 from tests.stories.pairs import Pair
 
@@ -45,3 +49,28 @@ def test_workers_that_are_killed_again_and_again_sell_what_a_plain_pass_says(own
     assert report["shop"] == report["expected"]
     assert report["shop"]["placed"] == PURCHASES
     assert report["kills"] >= 2, "all was sold within 1.7 s"
+
+
+async def test_kills_become_rarer_while_nothing_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that starts workers more slowly than they are killed would never get anywhere."""
+
+    class Victim:
+        returncode = None
+
+        def kill(self) -> None:
+            if crashes.kills == 30:
+                crashes.moved()
+            if crashes.kills == 39:
+                crashes.calm()
+
+    pauses: list[float] = []
+
+    async def slept(pause_s: float) -> None:
+        pauses.append(pause_s)
+
+    crashes = Crashes([orders.app], "", "", random.Random(1), every_s=(1.0, 1.0))
+    victim: Any = Victim()
+    monkeypatch.setattr(crashes, "_running", {"orders": victim})
+    monkeypatch.setattr("asyncio.sleep", slept)
+    await crashes._kill()
+    assert pauses[:33] == [*[1.0] * 8, *[2.0] * 8, *[4.0] * 8, *[8.0] * 7, 1.0, 1.0]
