@@ -1,9 +1,9 @@
 """The event store beside its peers, all in one run: appends, loads, and the whole log, on PostgreSQL with fsync on.
 
 Every peer is a process of its own (`benchmarks/peers`) with a database of its own in the same server; they take turns,
-round by round. The reference of each case is hand-written asyncpg (SQLite's case is in `appends`). The appends are made once more
-with a flush of 1 ms emulated (`commit_delay`), since a real disk's is slower than the one at hand may be. A peer that
-is not installed, or fails, has a row that says why.
+round by round. The reference of each case is hand-written asyncpg (SQLite's case is in `appends`). The appends are made
+once more with a flush of 1 ms emulated (`commit_delay`), since a real disk's is slower than the one at hand may be. A
+peer that is not installed, or fails, has a row that says why.
 """
 
 from __future__ import annotations

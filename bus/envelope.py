@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Any
 from uuid import UUID
 
 from bus.quick import quick
@@ -39,6 +40,7 @@ class ReplyOutcome(StrEnum):
     CANCELLED = "cancelled"
 
 
+@quick
 @dataclass(frozen=True, slots=True, order=True)
 class StreamId:
     """The events of one aggregate: a category (which decider) and an id (the key)."""
@@ -73,9 +75,16 @@ class Token:
     public: Position
 
 
+class _Unparsed:
+    """A place for what an adapter has not parsed yet. Not a field: it is no part of the message."""
+
+    __slots__ = ("unparsed",)
+    unparsed: Any
+
+
 @quick
 @dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(_Unparsed):
     """One message as it is stored and sent; `data` are the very bytes of both.
 
     `source` is the service that made it, `epoch` counts that service's restored databases. `undoes` names the command
