@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import Any, cast
 
 import asyncpg
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL, PoolProxiedConnection, QueuePool, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.util.concurrency import greenlet_spawn
 
+from bus.errors import FoldbusError
 from bus.metrics import Metrics
 
 log = logging.getLogger("foldbus.eventstore")
@@ -66,35 +67,67 @@ class Pool:
 
     @asynccontextmanager
     async def connection(self) -> AsyncGenerator[asyncpg.Connection[asyncpg.Record], None]:
-        pooled = await self._engine.raw_connection()
+        pooled = await self._acquire()
         driver = cast("asyncpg.Connection[asyncpg.Record]", pooled.driver_connection)
-        clean = False
+        clean = cancelled = False
         try:
             yield driver
             clean = True
         except (asyncpg.PostgresError, asyncpg.DataError):
             clean = True  # answered and over: in autocommit the statement is rolled back
             raise
+        except FoldbusError as error:
+            clean = error.__cause__ is None  # said between statements, not of one that got no answer
+            raise
+        except asyncio.CancelledError:
+            cancelled = True
+            raise
         finally:
             if clean and not driver.is_closed() and not driver.is_in_transaction():
                 await greenlet_spawn(pooled.close)
             else:
                 pooled.detach()
-                self._discard(driver)
+                self._discard(driver, cancelled=cancelled)
 
-    def _discard(self, driver: asyncpg.Connection[asyncpg.Record]) -> None:
+    async def _acquire(self) -> PoolProxiedConnection:
+        """A connection that must be made is made aside: cancelled in the middle of it, asyncpg leaves an exception that
+        nobody retrieves. Whoever does not wait for it any more leaves it to the pool."""
+        pool = cast("QueuePool", self._engine.pool)
+        if pool.checkedin() > 0:
+            return await self._engine.raw_connection()
+        making = asyncio.ensure_future(self._engine.raw_connection())
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            self._aside(_give_back(making))
+            raise
+
+    def _aside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    def _discard(self, driver: asyncpg.Connection[asyncpg.Record], *, cancelled: bool) -> None:
         """Out of the pool at once; closed aside, since a statement that still runs is cancelled on the server first:
         otherwise it would wait on there for its locks, and hold those it has."""
         self._metrics.count("foldbus_store_connections_discarded_total")
-        log.warning("a connection was left in the middle of something and is closed")
-        task = asyncio.create_task(_close(driver))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        level = logging.DEBUG if cancelled else logging.WARNING  # a worker that stops cancels what waits, every time
+        log.log(level, "a connection was left in the middle of something and is closed")
+        self._aside(_close(driver))
 
     async def close(self) -> None:
         if self._closing:
             await asyncio.wait(self._closing)
         await self._engine.dispose()
+
+
+async def _give_back(making: asyncio.Future[PoolProxiedConnection]) -> None:
+    try:
+        pooled = await making
+    except Exception as error:
+        log.debug("a connection that nobody waited for any more was not made: %r", error)
+    else:
+        await greenlet_spawn(pooled.close)
 
 
 async def _close(driver: asyncpg.Connection[asyncpg.Record]) -> None:
