@@ -15,7 +15,7 @@ some tools read it as `/DIR` and others as `DIR`; `sqlite:////DIR` is `/DIR` to 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -25,6 +25,7 @@ from bus.metrics import Metrics
 from bus.seams import Clock, Ids
 from bus.transport import PollSettings, Transport
 from eventstore.port import Store
+from foldbus.unreachable import naming_bus, naming_store
 
 DEFAULT_STORE = "sqlite:.foldbus"
 DEFAULT_BUS = "embedded:.foldbus"
@@ -107,7 +108,8 @@ async def migrate_store(url: str, service: str) -> None:
     else:
         from eventstore.postgres import PostgresStore
 
-        await PostgresStore.migrate(parsed.text, service=service)
+        with naming_store(parsed.text, without_password(url)):
+            await PostgresStore.migrate(parsed.text, service=service)
 
 
 async def raise_epoch(url: str, service: str) -> int:
@@ -119,7 +121,8 @@ async def raise_epoch(url: str, service: str) -> int:
         return await SqliteStore.restored(parsed.file(service), service=service)
     from eventstore.postgres import PostgresStore
 
-    return await PostgresStore.raise_epoch(parsed.text, service=service)
+    with naming_store(parsed.text, without_password(url)):
+        return await PostgresStore.raise_epoch(parsed.text, service=service)
 
 
 @asynccontextmanager
@@ -138,8 +141,12 @@ async def open_store(
     else:
         from eventstore.postgres import PostgresStore
 
-        async with PostgresStore.open(parsed.text, service=service, clock=clock, metrics=metrics) as store:
-            yield store
+        async with AsyncExitStack() as stack:
+            with naming_store(parsed.text, without_password(url)):
+                opened = await stack.enter_async_context(
+                    PostgresStore.open(parsed.text, service=service, clock=clock, metrics=metrics)
+                )
+            yield opened
 
 
 @asynccontextmanager
@@ -161,9 +168,17 @@ async def open_transport(
     else:
         from bus.kafka import KafkaTransport
 
-        async with KafkaTransport.open(
-            parsed.text, settings=settings or PollSettings(), client_id=client_id, clock=clock, metrics=metrics
-        ) as kafka:
+        async with AsyncExitStack() as stack:
+            with naming_bus(without_password(url)):
+                kafka = await stack.enter_async_context(
+                    KafkaTransport.open(
+                        parsed.text,
+                        settings=settings or PollSettings(),
+                        client_id=client_id,
+                        clock=clock,
+                        metrics=metrics,
+                    )
+                )
             yield kafka
 
 

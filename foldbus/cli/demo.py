@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from foldbus.cli.loading import BusOption, CannotLoad, JsonOption, StoreOption, log_to_stderr, settings
+from foldbus.cli.loading import BusOption, CannotLoad, JsonOption, StoreOption, settings
+from foldbus.cli.logs import log_to_stderr
 from foldbus.process import tune
 from foldbus.progress import Progress
 

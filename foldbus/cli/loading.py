@@ -1,13 +1,11 @@
-"""What commands share: finding the service that `module:name` means, settings with options over them, logging."""
+"""What commands share: finding the service that `module:name` means, settings with options over them."""
 
 from __future__ import annotations
 
 import importlib
-import json
-import logging
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from pydantic import ValidationError
@@ -94,26 +92,3 @@ def settings(store: str | None = None, bus: str | None = None) -> Settings:
     StoreUrl.parse(chosen.store)  # both, before anything is opened
     BusUrl.parse(chosen.bus)
     return chosen
-
-
-def log_to_stderr(*, quiet: bool = False) -> None:
-    """Warnings and worse when quiet, else everything from INFO; one JSON line each when nobody watches."""
-    handler = logging.StreamHandler(sys.stderr)
-    if not sys.stderr.isatty():
-        handler.setFormatter(_JsonLines())
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
-    if quiet:
-        logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
-
-
-class _JsonLines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": self.formatTime(record),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["stack"] = self.formatException(record.exc_info)
-        return json.dumps(line)

@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from bus.seams import KillAt, NoFailpoints
-from foldbus.cli.loading import AppArgument, BadSettings, BusOption, StoreOption, load_service, log_to_stderr, settings
+from foldbus.cli.loading import AppArgument, BadSettings, BusOption, StoreOption, load_service, settings
+from foldbus.cli.logs import hear_drivers, log_to_stderr
 from foldbus.cli.running import WRONG
 from foldbus.process import tune
 from foldbus.service import Service
@@ -72,6 +73,7 @@ async def _run(service: Service, chosen: Settings) -> BaseException | None:
             assert worker is not None
             worker.ended.add_done_callback(lambda _: stopping.set())
             ready = True
+            hear_drivers()
             log.info("ready: %s reads %s", service.name, ", ".join(sorted(_topics(service))) or "its own log")
             await stopping.wait()
             if worker.ended.done():

@@ -17,6 +17,7 @@ from bus.seams import NoFailpoints, SystemClock, Uuid7Ids
 from bus.transport import Transport
 from eventstore.port import Store
 from foldbus.backends import open_store, open_transport
+from foldbus.cli.logs import keep_libraries_quiet
 from foldbus.connection import Connection
 from foldbus.service import Service
 from foldbus.settings import Settings
@@ -35,6 +36,7 @@ class Commands(typer.core.TyperGroup):
     """The root of all commands: an error of ours is one line on standard error, not a stack."""
 
     def invoke(self, ctx: Any) -> Any:
+        keep_libraries_quiet()
         try:
             return super().invoke(ctx)
         except FoldbusError as error:

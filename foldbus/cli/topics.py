@@ -9,7 +9,8 @@ import typer
 from bus.errors import MissingTopics, TopicMismatch
 from bus.topics import Plan, apply, plan
 from bus.transport import TopicSpec
-from foldbus.cli.loading import AppsArgument, BusOption, JsonOption, UnusedStore, load_service, log_to_stderr, settings
+from foldbus.cli.loading import AppsArgument, BusOption, JsonOption, UnusedStore, load_service, settings
+from foldbus.cli.logs import log_to_stderr
 from foldbus.cli.running import WRONG, finish, transport_of
 from foldbus.cli.showing import print_columns, print_json, say
 from foldbus.settings import Settings
