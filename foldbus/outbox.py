@@ -14,6 +14,8 @@ from bus.codec import check_size
 from bus.envelope import Envelope
 from bus.errors import BadInput, OutcomeUnknown, TransportUnavailable
 from bus.metrics import Metrics
+from bus.seams import Clock, SystemClock
+from bus.summing import Summed
 from bus.transport import Ack, Consumer, Failed, Outgoing, Published, Transport
 
 log = logging.getLogger("foldbus.client")
@@ -80,7 +82,9 @@ class Inbox:
     counted and dropped: the command's claim keeps it for whoever asks again.
     """
 
-    def __init__(self, transport: Transport, topic: str, instance: str, metrics: Metrics) -> None:
+    def __init__(
+        self, transport: Transport, topic: str, instance: str, metrics: Metrics, *, clock: Clock | None = None
+    ) -> None:
         self.topic, self.instance = topic, instance
         self._transport, self._metrics = transport, metrics
         self._pending: dict[UUID, asyncio.Future[Envelope]] = {}
@@ -88,6 +92,7 @@ class Inbox:
         self._reading: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[None] | None = None
         self._closing = False
+        self._lates = Summed(clock or SystemClock())
 
     def expect(self, command_id: UUID) -> asyncio.Future[Envelope]:
         """Call before sending; `forget` afterwards, as often. Two waiters for one id share the answer."""
@@ -144,6 +149,7 @@ class Inbox:
                 except BadInput as error:
                     self._metrics.count("foldbus_skipped_total", why="undecodable", topic=self.topic)
                     log.warning("inbox %s@%s: %s", self.topic, delivery.offset, error)
+            self._tell_lates()
 
     def _take(self, reply: Envelope) -> None:
         if reply.reply_to is None or reply.reply_to.instance != self.instance:
@@ -151,9 +157,14 @@ class Inbox:
         waiting = self._pending.get(reply.causation_id) if reply.causation_id else None
         if waiting is None or waiting.done():
             self._metrics.count("foldbus_late_replies_total")
-            log.info("reply to %s came after its deadline, nobody waits for it", reply.causation_id)
+            self._lates.add("replies")
+            log.debug("reply to %s came after its deadline, nobody waits for it", reply.causation_id)
         else:
             waiting.set_result(reply)
+
+    def _tell_lates(self, *, now: bool = False) -> None:
+        for kind, n in self._lates.due(now=now).items():
+            log.info("inbox %s: %d %s came after their deadlines, nobody waits for them", self.topic, n, kind)
 
     async def close(self) -> None:
         self._closing = True
@@ -161,3 +172,4 @@ class Inbox:
             if self._ready is not None and not self._ready.done():
                 self._reading.cancel()  # it is still being opened; a poll, in contrast, is not to be cancelled
             await asyncio.gather(self._reading, return_exceptions=True)
+        self._tell_lates(now=True)

@@ -20,10 +20,11 @@ from bus.errors import BadInput, Undecodable, UnknownType
 from bus.messages import Command, Message, Refused
 from bus.metrics import MemoryMetrics, Metrics
 from bus.seams import Clock, Ids
+from bus.summing import Summed
 from eventstore.behaviour import Decision
 from eventstore.port import CancelTimer
 from sagas.definition import SagaDefinition, saga_id, saga_stream
-from sagas.errors import BadSaga
+from sagas.errors import BadSaga, told
 from sagas.events import (
     SagaCancelled,
     SagaCompensated,
@@ -94,6 +95,7 @@ class SagaBehaviour:
             raise BadSaga(f"no saga {starts!r} among {sorted({name for name, _ in self._definitions})}")
         self._starts, self._codec = starts, codec
         self._metrics: Metrics = metrics or MemoryMetrics()
+        self._lates = Summed(clock)  # after a restart there may be hundreds
         self._replayer = Replayer(self._definitions, codec)
         self._place = Place(
             service=service,
@@ -147,6 +149,8 @@ class SagaBehaviour:
             state.drop()  # it may have been fed what will not be committed
             raise
         self._report(turn)
+        for kind, n in self._lates.due().items():
+            log.info("late: %s, %d times; they change nothing", kind, n)
         return decision
 
     # --- what may come ----------------------------------------------------------------------------------------------
@@ -170,8 +174,8 @@ class SagaBehaviour:
             return self._late(turn, "reply")
         if reply.outcome is None or reply.type != reply_type_name(step.type):
             raise Undecodable(
-                f"reply {reply.id} to step {step.path} of saga {turn.state.stream} is a {reply.type} with outcome "
-                f"{reply.outcome}; wanted {reply_type_name(step.type)} with an outcome"
+                f"reply {reply.id} to step {step.path} of saga {_named(turn.state.stream)} is a {reply.type} "
+                f"with outcome {reply.outcome}; wanted {reply_type_name(step.type)} with an outcome"
             )
         turn.happened(
             StepReplied(
@@ -224,11 +228,12 @@ class SagaBehaviour:
         state = turn.state
         name = state.stream.category.removeprefix("saga.")
         if state.status is None:
-            log.warning("a %s for saga %s, which has no history", what, state.stream)
+            log.warning("a %s for saga %s, which has no history", what, _named(state.stream))
             self._metrics.count("foldbus_saga_unknown_total", saga=name, what=what)
         else:
-            log.info("a late %s for saga %s (%s): it changes nothing", what, state.stream, state.status)
             self._metrics.count("foldbus_saga_late_total", saga=name, what=what)
+            self._lates.add(f"{what} for a saga {name} that is {state.status}")
+            log.debug("a late %s for saga %s (%s): it changes nothing", what, _named(state.stream), state.status)
 
     def _starting(self, envelope: Envelope) -> SagaDefinition[Any]:
         fitting = [
@@ -248,7 +253,7 @@ class SagaBehaviour:
             if reply.outcome is ReplyOutcome.REFUSED:
                 refusal = self._codec.decode_reply(reply, Command[None])
                 if isinstance(refusal, Refused):
-                    return f"{refusal.code}: {refusal.message}"[:_WHY_LENGTH_MAX]
+                    return told(refusal)[:_WHY_LENGTH_MAX]
         except BadInput as error:
             return f"unreadable: {error}"[:_WHY_LENGTH_MAX]
         return None
@@ -262,16 +267,17 @@ class SagaBehaviour:
                     self._metrics.count("foldbus_saga_started_total", saga=name)
                 case StepExpired(path=path):
                     self._metrics.count("foldbus_saga_step_timed_out_total", saga=name)
-                    log.warning("saga %s: step %s timed out, its outcome is unknown", turn.state.stream, path)
+                    log.warning("saga %s: step %s timed out, its outcome is unknown", _named(turn.state.stream), path)
                 case SagaCompensating(why=why):
                     self._metrics.count("foldbus_saga_compensating_total", saga=name)
-                    log.info("saga %s compensates: %s", turn.state.stream, why)
+                    log.info("saga %s compensates: %s", _named(turn.state.stream), why)
                 case SagaParked(reason=reason):
                     self._metrics.count("foldbus_saga_parked_total", saga=name)
-                    log.error("saga %s is parked: %s%s", turn.state.stream, reason, turn.stack and f"\n{turn.stack}")
+                    stack = turn.stack and f"\n{turn.stack}"
+                    log.error("saga %s is parked: %s%s", _named(turn.state.stream), reason, stack)
                 case SagaRetried() | SagaCancelled():
                     self._metrics.count(f"foldbus_{_short(event)}_total", saga=name)
-                    log.info("%s %s by %s", _short(event), turn.state.stream, event.by or "somebody")
+                    log.info("%s %s by %s", _short(event), _named(turn.state.stream), event.by or "somebody")
                 case SagaCompleted() | SagaCompensated():
                     self._metrics.count(f"foldbus_{_short(event)}_total", saga=name)
                 case _:
@@ -285,6 +291,11 @@ def _saga_key(envelope: Envelope) -> UUID:
         raise Undecodable(
             f"{envelope.type} {envelope.id} has the key {envelope.key[:80]!r}; wanted a saga id"
         ) from error
+
+
+def _named(stream: StreamId) -> str:
+    """`fulfil-order 01a1…`: its name and its id, as commands take them."""
+    return f"{stream.category.removeprefix('saga.')} {stream.id}"
 
 
 def _short(event: SagaEvent) -> str:

@@ -6,6 +6,11 @@ from bus.errors import FoldbusError
 from bus.messages import Refused
 
 
+def told(refusal: Refused) -> str:
+    """Its code, and its message where that says more."""
+    return refusal.code if refusal.message in ("", refusal.code) else f"{refusal.code}: {refusal.message}"
+
+
 class SagaError(FoldbusError):
     """Root of the sagas' errors."""
 
@@ -13,16 +18,15 @@ class SagaError(FoldbusError):
 class StepFailed(SagaError):
     """A step was not done, or nobody knows whether it was. Leaving the saga, it compensates.
 
-    `reason` says why in words, `path` which step it was and `command_type` what it asked for (both empty when a saga
-    raises one itself, which is the way to give up). `unknown` is True when the step may have happened all the same:
-    then it is undone whatever the saga does next.
+    `reason` says why in words, `path` is the step's place in the saga's history and `command_type` what it asked for
+    (both empty when a saga raises one itself, which is the way to give up). `unknown` is True when the step may have
+    happened all the same: then it is undone whatever the saga does next.
     """
 
     unknown = False
 
     def __init__(self, reason: str, *, path: str = "", command_type: str = "") -> None:
-        where = f"step {path} ({command_type}): " if path else ""
-        super().__init__(f"{where}{reason}")
+        super().__init__(f"{command_type}: {reason}" if command_type else reason)
         self.reason, self.path, self.command_type = reason, path, command_type
 
 
@@ -30,7 +34,7 @@ class StepRefused(StepFailed):
     """The service said no: `refusal` has its code, message and attributes."""
 
     def __init__(self, refusal: Refused, *, path: str = "", command_type: str = "") -> None:
-        super().__init__(f"{refusal.code}: {refusal.message}", path=path, command_type=command_type)
+        super().__init__(told(refusal), path=path, command_type=command_type)
         self.reason = refusal.message
         self.refusal = refusal
 

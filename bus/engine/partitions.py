@@ -84,7 +84,7 @@ class Partitions:
             self.live[assignment] = Part(assignment, start=start or 0, stored=in_store)
         self.joined = True
         self._metrics.count("foldbus_assigned_total", len(parts), group=self._group)
-        log.info("%s: took over %s", self._group, _names(parts))
+        log.info("%s: took over %s", self._group, names_of(parts))
         return starts
 
     async def revoked(self, parts: Sequence[Assignment], *, lost: bool) -> None:
@@ -104,7 +104,7 @@ class Partitions:
             self._metrics.count("foldbus_revoked_total", len(parts), group=self._group, lost=str(lost).lower())
             log.info(
                 "%s: gave back %s%s, %d queued messages left to others",
-                self._group, _names(parts), " (lost)" if lost else "", dropped,
+                self._group, names_of(parts), " (lost)" if lost else "", dropped,
             )  # fmt: skip
 
     def abandon(self) -> None:
@@ -226,7 +226,7 @@ class Partitions:
 
     def _fenced(self, part: Part) -> None:
         self._metrics.count("foldbus_fenced_total", group=self._group, topic=part.assignment.topic)
-        log.warning("%s: %s is somebody else's now; its state is discarded", self._group, _names([part.assignment]))
+        log.warning("%s: %s is somebody else's now; its state is discarded", self._group, names_of([part.assignment]))
         self._discard([part])
 
     def _commit_failed(self, why: str, error: Exception | None = None) -> None:
@@ -246,8 +246,24 @@ def _same(one: Assignment, other: Assignment) -> bool:
     return one.topic == other.topic and one.partition == other.partition
 
 
-def _names(parts: Sequence[Assignment]) -> str:
-    return ", ".join(f"{part.topic}[{part.partition}] epoch {part.epoch}" for part in parts) or "nothing"
+def names_of(parts: Sequence[Assignment]) -> str:
+    """One short line, however many: `orders.commands[0-5,7] epoch 3`."""
+    by_topic: dict[tuple[str, int], list[int]] = {}
+    for part in sorted(parts):
+        by_topic.setdefault((part.topic, part.epoch), []).append(part.partition)
+    return (
+        ", ".join(f"{topic}[{_runs(found)}] epoch {epoch}" for (topic, epoch), found in by_topic.items()) or "nothing"
+    )
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
 
 
 async def set_within(event: asyncio.Event, timeout_s: float) -> bool:

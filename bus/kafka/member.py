@@ -162,7 +162,7 @@ class KafkaMember:
             return
         self._given = None
         self._metrics.count("foldbus_rebalances_total", group=self._group)
-        log.info("group %s: this member now has %s partitions, epoch %s", self._group, len(parts), self._epoch)
+        log.debug("group %s: this member now has %s partitions, epoch %s", self._group, len(parts), self._epoch)
 
     def _check(self) -> None:
         try:

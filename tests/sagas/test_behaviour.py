@@ -126,7 +126,7 @@ def test_the_shop_story_when_the_card_is_declined() -> None:
     assert world.names() == ["Reserve", "Pay", "CancelOrder", "Release"]
     assert world.types()[-2:] == ["saga-step-replied", "saga-compensated"]
     assert world.types().count("saga-compensating") == 1
-    assert json.loads(world.history[-1].data)["why"].startswith("step 3 (payments.pay.v1): payments.card-declined")
+    assert json.loads(world.history[-1].data)["why"].startswith("payments.pay.v1: payments.card-declined")
 
 
 @pytest.mark.parametrize("answer", [Died("disk"), Cancelled()])
