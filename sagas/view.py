@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -23,13 +25,19 @@ from sagas.events import (
     StepReplied,
     StepScheduled,
 )
-from sagas.instance import Status, label
+from sagas.instance import UNDO, Status
 from sagas.state import SagaState
+
+_OLD_FAILURE = re.compile(r"step ([0-9.]+) \([a-z0-9.-]+\): ")
 
 
 @dataclass(frozen=True, slots=True)
 class StepView:
-    """A step or an undo. `outcome` is a ReplyOutcome's value, `timed-out`, `abandoned`, or None while it waits."""
+    """A step or an undo. `outcome` is a ReplyOutcome's value, `timed-out`, `abandoned`, or None while it waits.
+
+    `path` is its place in the stored history, where `run.uuid()` and `run.all()` take places too; `name` is what people
+    see: `step 2`, `undo of step 2`.
+    """
 
     path: str
     attempt: int
@@ -41,6 +49,7 @@ class StepView:
     outcome: str | None = None
     ended_at: datetime | None = None
     why: str | None = None
+    name: str = ""
 
     @property
     def took(self) -> timedelta | None:
@@ -86,6 +95,7 @@ def describe(records: Sequence[Envelope], *, now: datetime | None = None) -> Sag
     started, status = state.started, state.status
     assert status is not None
     last = max(record.time for record in records)
+    names = step_names(state.history)
     ended_at = last if status.ended else None
     return SagaView(
         id=state.stream.id,
@@ -97,10 +107,32 @@ def describe(records: Sequence[Envelope], *, now: datetime | None = None) -> Sag
         ended_at=ended_at,
         age=(ended_at or now or last) - started.at,
         waiting=tuple(step.label for step in state.under_way.values()),
-        error=_error(state),
-        steps=_steps(state.history),
-        timeline=tuple(_entry(record) for record in records),
+        error=_error(state, names),
+        steps=_steps(state.history, names),
+        timeline=tuple(_entry(record, names) for record in records),
     )
+
+
+def step_names(history: Iterable[SagaEvent]) -> Mapping[str, str]:
+    """For each path of a history its name for people: steps count from 1 in the order in which they were begun, however
+    many places of the story something else took. A branch of an `all` counts its own: `step 2.1.1`."""
+    names: dict[str, str] = {}
+    numbers: dict[str, str] = {}  # also of an `all` that holds steps
+    counted: Counter[str] = Counter()
+
+    def number(path: str) -> str:
+        if path not in numbers:
+            place, _, branch = path.rpartition(".")[0].rpartition(".")
+            within = f"{number(place)}.{branch}." if place else ""
+            counted[within] += 1
+            numbers[path] = f"{within}{counted[within]}"
+        return numbers[path]
+
+    for event in history:
+        if isinstance(event, StepScheduled):
+            step = f"step {number(event.path.removeprefix(UNDO))}"
+            names[event.path] = f"undo of {step}" if event.path.startswith(UNDO) else step
+    return names
 
 
 def timeline(view: SagaView) -> list[str]:
@@ -111,21 +143,31 @@ def timeline(view: SagaView) -> list[str]:
     return lines + [f"  {_short(entry.at - view.started_at):>9}  {entry.what}" for entry in view.timeline]
 
 
-def _error(state: SagaState) -> str | None:
+def _error(state: SagaState, names: Mapping[str, str]) -> str | None:
     if state.status not in (Status.PARKED, Status.COMPENSATING, Status.COMPENSATED):
         return None
     for event in reversed(state.history):
         match event:
             case SagaParked(reason=reason) if state.status is Status.PARKED:
-                return reason
+                return _renamed(reason, event.path, names)
             case SagaCompensating(why=why) | SagaCompensated(why=why) if state.status is not Status.PARKED:
-                return why
+                return _renamed(why, None, names)
             case _:
                 pass
     return None
 
 
-def _steps(history: Sequence[SagaEvent]) -> tuple[StepView, ...]:
+def _renamed(text: str, path: str | None, names: Mapping[str, str]) -> str:
+    """A stored reason names its step by its path: by `path`, or as earlier versions named a failed one."""
+    if path is not None and path in names:
+        return text.replace(f"step {path}", names[path], 1)
+    old = _OLD_FAILURE.match(text)
+    if old is not None and old[1] in names:
+        return names[old[1]] + text[old.end(1) :]
+    return text
+
+
+def _steps(history: Sequence[SagaEvent], names: Mapping[str, str]) -> tuple[StepView, ...]:
     steps: dict[tuple[str, int], StepView] = {}
 
     def settle(path: str, attempt: int, outcome: str, at: datetime, why: str | None = None) -> None:
@@ -137,8 +179,9 @@ def _steps(history: Sequence[SagaEvent]) -> tuple[StepView, ...]:
         match event:
             case StepScheduled():
                 steps[event.path, event.attempt] = StepView(
-                    event.path, event.attempt, event.type, event.key, str(event.id), event.at, event.timeout_s
-                )
+                    event.path, event.attempt, event.type, event.key, str(event.id), event.at, event.timeout_s,
+                    name=_name(event.path, event.attempt, names),
+                )  # fmt: skip
             case StepReplied():
                 settle(event.path, event.attempt, event.outcome.value, event.at, event.why)
             case StepExpired():
@@ -152,7 +195,11 @@ def _steps(history: Sequence[SagaEvent]) -> tuple[StepView, ...]:
     return tuple(steps.values())
 
 
-def _entry(record: Envelope) -> Entry:
+def _name(path: str, attempt: int, names: Mapping[str, str]) -> str:
+    return names.get(path, f"step {path}") + (f" (attempt {attempt})" if attempt > 1 else "")
+
+
+def _entry(record: Envelope, names: Mapping[str, str]) -> Entry:
     try:
         event = events.read(record)
     except BadInput as error:
@@ -162,16 +209,16 @@ def _entry(record: Envelope) -> Entry:
             what = f"started by {event.start.type} {event.start.key!r}"
         case StepScheduled():
             limit = f", within {event.timeout_s:g} s" if event.timeout_s is not None else ""
-            what = f"step {event.label}: {event.type} for {event.key!r}{limit}"
+            what = f"{_name(event.path, event.attempt, names)}: {event.type} for {event.key!r}{limit}"
         case StepReplied():
-            name = label(event.path, event.attempt)
-            what = f"step {name}: {event.outcome.value}{f' ({event.why})' if event.why else ''}"
+            name = _name(event.path, event.attempt, names)
+            what = f"{name}: {event.outcome.value}{f' ({event.why})' if event.why else ''}"
         case StepExpired():
-            what = f"step {event.path}: no answer in time, its outcome is unknown"
+            what = f"{_name(event.path, 1, names)}: no answer in time, its outcome is unknown"
         case SagaCompensating():
-            what = f"compensating: {event.why}"
+            what = f"compensating: {_renamed(event.why, None, names)}"
         case SagaParked():
-            what = f"parked: {event.reason}"
+            what = f"parked: {_renamed(event.reason, event.path, names)}"
         case SagaRetried():
             what = f"retried{f' by {event.by}' if event.by else ''}"
         case SagaCancelled():

@@ -26,7 +26,8 @@ from foldbus.service import Service
 from foldbus.settings import Settings
 from foldbus.views import projection_runner
 from projections import NotThere
-from sagas import CancelSaga, RetrySaga, Status, describe, saga_stream, timeline
+from sagas import CancelSaga, RetrySaga, Status, StepView, describe, saga_stream, timeline
+from sagas.instance import label
 
 saga = typer.Typer(no_args_is_help=True, help="Sagas: what they are at, and what to tell them.")
 
@@ -63,7 +64,9 @@ def list_(
             {
                 "up_to_date": late is None,
                 "sagas": [
-                    one.model_dump(mode="json") | {"error": one.error, "waiting": waiting} for one, waiting in found
+                    one.model_dump(mode="json")
+                    | {"error": one.error, "waiting": [label(step.path, step.attempt) for step in under_way]}
+                    for one, under_way in found
                 ],
             }
         )
@@ -72,8 +75,8 @@ def list_(
             ("id", "saga", "status", "started", "start key", "waiting for", "error"),
             [
                 (one.saga_id, f"{one.definition} v{one.version}", one.status, one.started_at, one.start_key,
-                 waiting, one.error)
-                for one, waiting in found
+                 tuple(f"{step.name} ({step.command_type})" for step in under_way), one.error)
+                for one, under_way in found
             ],
         )  # fmt: skip
     if late is not None:
@@ -176,7 +179,7 @@ async def _load(connection: Connection, id: UUID) -> list[Envelope]:
 
 async def _list(
     service: Service, chosen: Settings, status: Status | None, definition: str | None, limit: int, timeout: float
-) -> tuple[list[tuple[SagaRow, tuple[str, ...]]], str | None]:
+) -> tuple[list[tuple[SagaRow, tuple[StepView, ...]]], str | None]:
     """The rows with the steps that each waits for; and what kept the list from being up to date."""
     if not service.sagas:
         raise UnknownSaga(f"service {service.name!r} lists no sagas")
@@ -190,16 +193,20 @@ async def _list(
                 if len(latest) > limit:
                     heapq.heappop(latest)
         rows = [row for _, _, row in sorted(latest, key=lambda one: one[:2], reverse=True)]
-        waiting = await _waiting(connection, [row for row in rows if row.ended_at is None])
+        waiting = await _under_way(connection, [row for row in rows if row.ended_at is None])
         return [(row, waiting.get(row.saga_id, ())) for row in rows], late
 
 
-async def _waiting(connection: Connection, rows: Sequence[SagaRow]) -> dict[UUID, tuple[str, ...]]:
+async def _under_way(connection: Connection, rows: Sequence[SagaRow]) -> dict[UUID, tuple[StepView, ...]]:
     """From their streams: the list itself has no steps."""
     if not rows:
         return {}
     found = await connection.store.load([Wanted(saga_stream(row.definition, row.saga_id)) for row in rows])
-    return {row.saga_id: describe(part.records).waiting for row, part in zip(rows, found, strict=True) if part.records}
+    return {
+        row.saga_id: tuple(step for step in describe(part.records).steps if step.outcome is None)
+        for row, part in zip(rows, found, strict=True)
+        if part.records
+    }
 
 
 async def _catch_up(connection: Connection, timeout: float) -> str | None:

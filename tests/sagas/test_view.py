@@ -7,9 +7,10 @@ from datetime import timedelta
 
 import pytest
 
-from sagas import CancelSaga, SagaError, Status, describe, timeline
+from sagas import CancelSaga, SagaError, SagaRun, Status, describe, saga, timeline
+from sagas.events import SagaCompensating
 from sagas.testing import Died
-from tests.sagas.stories import PLACED, CardDeclined, Paid, Reserved, fulfil_order
+from tests.sagas.stories import PLACED, CardDeclined, Erase, Note, OrderPlaced, Paid, Reserved, Ship, fulfil_order
 from tests.sagas.world import World
 
 
@@ -39,7 +40,7 @@ def test_a_compensating_saga_shows_why_and_its_age_ends_with_it() -> None:
     world = lived(Reserved(), CardDeclined("no funds"), None)
     view = describe(world.history)
     assert (view.status, view.waiting) == (Status.COMPENSATING, ("undo:1",))
-    assert view.error == "step 3 (payments.pay.v1): payments.card-declined: no funds"
+    assert view.error == "payments.pay.v1: payments.card-declined: no funds"
     assert [step.why for step in view.steps if step.path == "3"] == ["payments.card-declined: no funds"]
     world.answer(None)
     ended = describe(world.history, now=world.clock.now() + timedelta(days=9))
@@ -71,21 +72,77 @@ def test_the_timeline_reads_as_a_story() -> None:
     world = lived(Reserved(), CardDeclined("no funds"), None, None)
     heading, error, *lines = timeline(describe(world.history))
     assert heading == f"fulfil-order v1  {world.saga_id}  compensated  age 8.000s"
-    assert error == "  step 3 (payments.pay.v1): payments.card-declined: no funds"
+    assert error == "  payments.pay.v1: payments.card-declined: no funds"
     payment = world.sent[1].key
     assert lines == [
         "     0.000s  started by orders.order-placed.v1 'o-1'",
         "     0.000s  step 1: stock.reserve.v1 for 'o-1'",
         "     2.000s  step 1: ok",
-        f"     2.000s  step 3: payments.pay.v1 for '{payment}', within 30 s",
-        "     4.000s  step 3: refused (payments.card-declined: no funds)",
-        "     4.000s  step 4: orders.cancel-order.v1 for 'o-1'",
-        "     6.000s  step 4: ok",
-        "     6.000s  compensating: step 3 (payments.pay.v1): payments.card-declined: no funds",
-        "     6.000s  step undo:1: stock.release.v1 for 'o-1'",
-        "     8.000s  step undo:1: ok",
+        f"     2.000s  step 2: payments.pay.v1 for '{payment}', within 30 s",
+        "     4.000s  step 2: refused (payments.card-declined: no funds)",
+        "     4.000s  step 3: orders.cancel-order.v1 for 'o-1'",
+        "     6.000s  step 3: ok",
+        "     6.000s  compensating: payments.pay.v1: payments.card-declined: no funds",
+        "     6.000s  undo of step 1: stock.release.v1 for 'o-1'",
+        "     8.000s  undo of step 1: ok",
         "     8.000s  compensated",
     ]
+
+
+def test_a_refusal_that_says_no_more_than_its_code_is_shown_once() -> None:
+    world = lived(Reserved(), CardDeclined(), None)
+    view = describe(world.history)
+    assert view.error == "payments.pay.v1: payments.card-declined"
+    assert [step.why for step in view.steps if step.path == "3"] == ["payments.card-declined"]
+
+
+def test_steps_are_numbered_as_people_count_whatever_took_a_place_in_the_story() -> None:
+    @saga("tour", version=1)
+    async def tour(run: SagaRun, placed: OrderPlaced) -> None:
+        async def shipping() -> None:
+            run.uuid()
+            await run.step(Ship(order_id="o-1"))
+            await run.step(Note(text="shipped"))
+
+        run.uuid()
+        await run.step(Note(text="first"), undo=Erase(text="first"))
+        await run.all(run.step(Note(text="left")), run.step(Note(text="right")))
+        await run.all(shipping(), run.step(Note(text="beside")))
+        await run.step(Note(text="last"))
+
+    world = World(tour)
+    world.start(PLACED)
+    world.answer(None)
+    for nth in (-2, -1):
+        world.answer(None, to=world.sent[nth])
+    beside, ship = sorted(world.sent[-2:], key=lambda sent: sent.key)
+    world.answer(None, to=beside)
+    world.answer(None, to=ship)
+    world.answer(None)
+    world.answer(Died("no paper"))
+    view = describe(world.history)
+    assert {step.path: step.name for step in view.steps} == {
+        "2": "step 1", "3": "step 2", "4": "step 3", "7.1.2": "step 4.1.1", "6": "step 5", "7.1.3": "step 4.1.2",
+        "8": "step 6", "undo:2": "undo of step 1",
+    }  # fmt: skip
+
+
+def test_an_old_reason_that_names_a_path_is_shown_with_the_number() -> None:
+    world = lived(Reserved(), CardDeclined("no funds"), None)
+    nth, record = next((nth, one) for nth, one in enumerate(world.history) if one.type == SagaCompensating.type_name)
+    old = SagaCompensating(at=record.time, why="step 3 (payments.pay.v1): payments.card-declined: step 3 (x): no funds")
+    world.history[nth] = replace(record, data=old.model_dump_json().encode())
+    assert describe(world.history).error == "step 2 (payments.pay.v1): payments.card-declined: step 3 (x): no funds"
+
+
+def test_a_parked_step_is_named_by_its_number() -> None:
+    world = lived(Reserved())
+    torn = replace(world.reply(Paid()), data=b'"torn"')
+    world.replier.handle(torn)
+    view = describe(world.history)
+    assert view.error is not None
+    assert view.error.startswith("the answer to step 2 cannot be read")
+    assert view.timeline[-1].what == f"parked: {view.error}"
 
 
 def test_an_event_of_a_newer_program_is_named_and_the_rest_is_shown() -> None:
