@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any, Protocol
 from uuid import UUID
@@ -39,6 +40,11 @@ class Codec(Protocol):
         """Raises UnknownType, UnknownVersion or Undecodable, saying what was found and what was wanted."""
         ...
 
+    def upcast(self, envelope: Envelope, names: Collection[str]) -> Sequence[Envelope]:
+        """What a message is to a reader of the types `names`: see `Upcasting.read`. Each part can be decoded, as far
+        as its type is known here. Not asked for messages of a type in `names`: it would give them back."""
+        ...
+
     def encode_reply(self, command: Envelope, answer: BaseModel | Refused | None, origin: Origin) -> Envelope:
         """The answer to `command`, addressed to its `reply_to`; without one it is kept for whoever asks."""
         ...
@@ -57,6 +63,15 @@ class _RefusalBody(BaseModel):
 
 class _DiedBody(BaseModel):
     error: str
+
+
+def decode_command(codec: Codec, envelope: Envelope, names: Collection[str]) -> Message:
+    """The command as one of `names`, upcast where it is an older one; what is answered is still the one that was sent.
+    Raises what `decode` raises."""
+    if envelope.type in names:
+        return codec.decode(envelope)
+    (today,) = codec.upcast(envelope, names)
+    return codec.decode(today)
 
 
 def kind_of(message: Message) -> Kind:
@@ -140,6 +155,9 @@ class JsonCodec:
                 f"but field {message.key_field!r} says {message.key[:80]!r}; wanted the same"
             )
         return message
+
+    def upcast(self, envelope: Envelope, names: Collection[str]) -> Sequence[Envelope]:
+        return self.registry.upcasting.read(envelope, names)
 
     def encode_reply(self, command: Envelope, answer: BaseModel | Refused | None, origin: Origin) -> Envelope:
         outcome = ReplyOutcome.OK

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
-from bus.codec import Codec, reply_envelope
+from bus.codec import Codec, decode_command, reply_envelope
 from bus.envelope import Envelope, Origin, ReplyOutcome, StreamId
 from bus.errors import UnknownType
 from bus.messages import Command, Event, Message, Refused
@@ -92,6 +92,8 @@ class DeciderBehaviour:
         self._service, self._codec, self._ids, self._clock = service, codec, ids, clock
         self._by_command: dict[str, Decider[Any, Any, Any]] = {}
         self._by_category: dict[str, Decider[Any, Any, Any]] = {}
+        self._events: dict[str, frozenset[str]] = {}
+        self._commands: dict[str, frozenset[str]] = {}
         for decider in deciders:
             if self._by_category.setdefault(decider.category, decider) is not decider:
                 raise BadDecider(f"two deciders share the category {decider.category!r}; wanted one each")
@@ -100,6 +102,16 @@ class DeciderBehaviour:
                 if self._by_command.setdefault(name, decider) is not decider:
                     other = self._by_command[name]
                     raise BadDecider(f"{name} is decided by {other!r} and by {decider!r}; wanted one")
+            self._events[decider.category] = frozenset(str(event.type_name) for event in decider.events)
+            self._commands[decider.category] = frozenset(str(command.type_name) for command in decider.commands)
+        for decider in deciders:
+            for name in codec.registry.upcasting.older(self._commands[decider.category]):
+                self._by_command.setdefault(name, decider)
+
+    @property
+    def commands(self) -> frozenset[str]:
+        """The types of command that are taken here, those that are upcast first included."""
+        return frozenset(self._by_command)
 
     def stream_of(self, envelope: Envelope) -> StreamId:
         decider = self._by_command.get(envelope.type)
@@ -113,13 +125,18 @@ class DeciderBehaviour:
 
     def fold(self, state: Aggregate, records: Sequence[Envelope]) -> Aggregate:
         folded, evolve, decode = state.state, state.decider.evolve, self._codec.decode
+        today = self._events[state.decider.category]
         for record in records:
-            folded = evolve(folded, decode(record))
+            if record.type in today:
+                folded = evolve(folded, decode(record))
+            else:
+                for event in self._older(record, state.decider, today):
+                    folded = evolve(folded, event)
         return Aggregate(state.decider, folded)
 
     def decide(self, state: Aggregate, envelope: Envelope) -> Decision[Aggregate]:
-        command = self._codec.decode(envelope)
         decider = state.decider
+        command = decode_command(self._codec, envelope, self._commands[decider.category])
         now = self._clock.now()
         try:
             events = decider.decide(state.state, command)
@@ -135,6 +152,19 @@ class DeciderBehaviour:
         value = self._reply_value(decider, folded, command, events)
         reply = self._answer(envelope, value, self._origin(envelope, now))
         return Decision(Aggregate(decider, folded), events=tuple(staged), reply=reply)
+
+    def _older(self, record: Envelope, decider: Decider[Any, Any, Any], today: frozenset[str]) -> list[Message]:
+        """The events that an older one stands for now: any number, all of which its own decider must know."""
+        parts = self._codec.upcast(record, today)
+        events = [self._codec.decode(part) for part in parts]
+        for part in parts:
+            if part.type not in today:
+                became = f", upcast to {part.type}," if part.type != record.type else ""
+                raise UnknownType(
+                    f"{record.stream or decider.category} holds {record.type}{became} which {decider!r} does not "
+                    "evolve on: name it in the union of evolve, or upcast it to what is named there, or drop it"
+                )
+        return events
 
     def _origin(self, cause: Envelope, now: Any) -> Origin:
         return Origin(

@@ -103,6 +103,8 @@ class Builder(Generic[Row]):
         folded = await self._folder.fold(page, self._load)
         self._count("foldbus_projection_retries_total", folded.retries)
         self._count("foldbus_projection_skipped_total", folded.keyless, reason="no-row")
+        self._count("foldbus_projection_skipped_total", folded.dropped, reason="dropped")
+        self._count("foldbus_projection_skipped_total", folded.parts_skipped, reason="part")
         for bad in page.bad:
             await self._letters.bad(bad)
         for failed in folded.failures:

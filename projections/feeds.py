@@ -44,19 +44,22 @@ class Log(Protocol):
 
 
 class Wanted:
-    """Which types a source is read for, by header: those named, and unknown versions of them, which become dead
-    letters. Everything else is skipped and counted."""
+    """Which types a source is read for, by header: those named, those that are upcast to them, and unknown versions of
+    them, which become dead letters. Everything else is skipped and counted."""
 
     def __init__(self, projection: str, events: Iterable[type[Event]], registry: Registry, metrics: Metrics) -> None:
         names = [event.type_name for event in events]
-        self._names = frozenset(str(name) for name in names)
+        today = frozenset(str(name) for name in names)
+        self._names = today | registry.upcasting.older(today)
         self._bases = frozenset(name.base for name in names)
         self._registry, self._metrics, self._projection = registry, metrics, projection
 
     def __call__(self, type_name: str) -> bool:
         if type_name in self._names:
             return True
-        return type_name.rpartition(".v")[0] in self._bases and type_name not in self._registry.types
+        registry = self._registry
+        known = type_name in registry.types or type_name in registry.upcasting
+        return type_name.rpartition(".v")[0] in self._bases and not known
 
     def skipped(self, source: str, reasons: Counter[str]) -> None:
         for reason, n in reasons.items():

@@ -1,7 +1,8 @@
 """One page of events folded into rows: decode, group by key, load what is not remembered, fold, check.
 
-Nothing is written here. What cannot be decoded or folded comes back as failures; the events of a key around a failing
-one are folded as if it had not been there.
+Nothing is written here. An older event is folded as what it is upcast to: none, one or several, all of them in the page
+of the stored one, so that its place covers all or nothing. What cannot be decoded or folded comes back as failures; the
+events of a key around a failing one are folded as if it had not been there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import traceback
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic
 
 from bus.codec import Codec
@@ -44,6 +45,10 @@ class Folded(Generic[Row]):
     failures: list[Unfolded] = field(default_factory=list[Unfolded])
     events: int = 0
     keyless: int = 0
+    dropped: int = 0
+    """Older events that an upcaster made nothing of."""
+    parts_skipped: int = 0
+    """Parts of older events that this projection does not name."""
     retries: int = 0
 
 
@@ -58,6 +63,7 @@ class Folder(Generic[Row]):
         self._projection, self._codec = projection, codec
         self._columns = Columns(projection.name, projection.row)
         self._attempts, self._cache_rows = attempts, cache_rows
+        self._today = frozenset(str(event.type_name) for event in projection.events)
         self._cache: OrderedDict[str, Row | None] = OrderedDict()
 
     async def fold(self, page: FeedPage, load: Load[Row]) -> Folded[Row]:
@@ -89,8 +95,10 @@ class Folder(Generic[Row]):
         self._cache.clear()
 
     def _group(self, records: Sequence[FeedRecord], done: Folded[Row]) -> dict[str, list[tuple[FeedRecord, Event]]]:
-        projection, decode = self._projection, self._codec.decode
+        projection, decode, today = self._projection, self._codec.decode, self._today
         groups: dict[str, list[tuple[FeedRecord, Event]]] = {}
+        if not today.issuperset({record.envelope.type for record in records}):
+            records = self._upcast(records, done)
         for record in records:
             try:
                 event = decode(record.envelope)
@@ -115,6 +123,32 @@ class Folder(Generic[Row]):
             done.events += 1
             groups.setdefault(key, []).append((record, event))
         return groups
+
+    def _upcast(self, records: Sequence[FeedRecord], done: Folded[Row]) -> Sequence[FeedRecord]:
+        """The records with older ones in today's form. One whose parts cannot all be had fails whole."""
+        codec, today = self._codec, self._today
+        found: list[FeedRecord] = []
+        for record in records:
+            stored = record.envelope
+            if stored.type in today:
+                found.append(record)
+                continue
+            try:
+                parts = codec.upcast(stored, today)
+                if len(parts) > 1:
+                    for part in parts:
+                        codec.decode(part)
+            except BadInput as error:
+                done.failures.append(Unfolded(record, error, 1, bug=False))
+                continue
+            for part in parts:
+                if part is stored:
+                    found.append(record)
+                elif part.type in today:
+                    found.append(replace(record, envelope=part, stored=stored))
+            done.parts_skipped += sum(part.type not in today for part in parts if part is not stored)
+            done.dropped += not parts
+        return found
 
     def _fold_key(
         self, key: str, before: Row | None, entries: list[tuple[FeedRecord, Event]], done: Folded[Row]

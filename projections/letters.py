@@ -7,6 +7,7 @@ for the `.dlq` topic goes with the first one only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Protocol
 
@@ -45,7 +46,8 @@ class Letters:
     async def unfolded(self, failed: Unfolded) -> None:
         failure = self._failure(failed.error, failed.attempts, failed.stack)
         record = failed.record
-        await self._commit(self._letters.of_message(record.envelope, failure, delivery=record.delivery, source=LOG))
+        envelope = record.envelope if record.stored is None else replace(record.stored, id=record.envelope.id)
+        await self._commit(self._letters.of_message(envelope, failure, delivery=record.delivery, source=LOG))
 
     async def bad(self, found: BadRecord) -> None:
         await self._commit(self._letters.of_record(found.delivery, self._failure(found.error, 1, "")))

@@ -50,10 +50,12 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class FeedRecord:
-    """An event that this projection names; `delivery` is the record it came in (None: from the own log)."""
+    """An event that this projection names; `delivery` is the record it came in (None: from the own log). Of an event
+    that was upcast `stored` is the older one: dead letters keep that."""
 
     envelope: Envelope
     delivery: Delivery | None = None
+    stored: Envelope | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from uuid import UUID
 from bus.codec import Codec, died_error, reply_type_name
 from bus.envelope import Envelope, Kind, ReplyOutcome, StreamId
 from bus.errors import BadInput
-from bus.messages import Command, Event, Refused
+from bus.messages import Command, Event, Message, Refused
 from sagas import events
 from sagas.definition import SagaDefinition
 from sagas.errors import CannotRun, StepCancelled, StepDied, StepRefused, StepTimedOut
@@ -122,7 +122,7 @@ class Replayer:
         assert isinstance(started, SagaStarted)
         definition = self._definition(started)
         try:
-            start = self.codec.decode(started.start.envelope())
+            start = self._start(started.start.envelope(), str(definition.start.type_name))
         except BadInput as error:
             raise CannotRun(f"the event that started the saga cannot be read: {error}") from error
         if not (isinstance(start, definition.start) and isinstance(start, Event)):
@@ -148,6 +148,13 @@ class Replayer:
                 return instance.retry(at=event.at)
             case _:
                 return []  # what the saga did itself, or what is for people
+
+    def _start(self, stored: Envelope, wanted: str) -> Message:
+        """As the definition names it now; of an event that was split since, the first part that it can start on."""
+        if stored.type == wanted:
+            return self.codec.decode(stored)
+        parts = self.codec.upcast(stored, (wanted,))
+        return self.codec.decode(next((part for part in parts if part.type == wanted), stored))
 
     def _answer(self, event: StepReplied, saga_id: UUID) -> Callable[[Command[Any]], Any]:
         def read(command: Command[Any]) -> Any:

@@ -190,6 +190,7 @@ def _into_projection(service: Service, chosen: Settings, where: Destination, dry
         if source != LOG:
             say(f"not counted: what {where.name} reads of topic {source}")
     own = frozenset(str(event.type_name) for event in sources.get(LOG, ()))
+    own |= service.registry.upcasting.older(own)
     counted = finish(_count(service, chosen, Selection(types=own), where)) if own else Replayed(0, 0)
     _show(counted, where, as_json, dry_run=True, resumed=False)
 
