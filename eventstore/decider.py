@@ -8,8 +8,9 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
 
@@ -20,6 +21,7 @@ from bus.messages import Command, Event, Message, Refused
 from bus.seams import Clock, Ids
 from eventstore.behaviour import Decision
 from eventstore.errors import EventStoreError
+from eventstore.snapshots import Snapshots, StateCodec, UnfitState, is_value
 
 S = TypeVar("S")
 C = TypeVar("C", bound=Command[Any])
@@ -41,7 +43,12 @@ class Decider(Generic[S, C, E]):
     Which commands and events it handles is read from the annotations (a class or a union of classes). `category` is the
     first half of its stream ids. Events carry the command's key. A command is answered with the first decided event
     of its reply type, or by `reply(state, command, events)`, where `state` is the one after the events. `Refused`
-    raised in `decide` is the answer no. A raised `version` will invalidate snapshots.
+    raised in `decide` is the answer no.
+
+    `snapshots` says when states are stored aside, so that long streams load quickly; None: never. By default they are,
+    unless the state does not come back from JSON as it was: then one line of the log says so at start-up. With a policy
+    given such a state raises BadDecider. Raise `version` whenever `evolve` (or an upcaster) changes what a stored event
+    means: older snapshots are ignored from then on. (A changed type of state, or initial state, is noticed.)
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class Decider(Generic[S, C, E]):
         decide: Callable[[S, C], Sequence[E]],
         reply: Callable[[S, C, Sequence[E]], BaseModel | None] | None = None,
         version: int = 1,
+        snapshots: Snapshots | Literal["auto"] | None = "auto",
     ) -> None:
         self.category, self.initial, self.version = category, initial, version
         self.evolve, self.decide, self.reply = evolve, decide, reply
@@ -67,9 +75,29 @@ class Decider(Generic[S, C, E]):
                     "decide such an event or pass reply="
                 )
 
+        self._initial_is_value = is_value(initial)
+        self._state_codec: StateCodec[S] | None = None
+        self.snapshots = Snapshots() if snapshots == "auto" else snapshots
+        if isinstance(snapshots, Snapshots):
+            try:
+                self.state_codec()
+            except UnfitState as error:
+                raise BadDecider(f"decider {category!r} cannot have snapshots=: {error}") from error
+
     def stream(self, key: object) -> StreamId:
         """The stream of one aggregate."""
         return StreamId(self.category, str(key))
+
+    def fresh(self) -> S:
+        """The initial state; each time another one if somebody might change it in place."""
+        return self.initial if self._initial_is_value else deepcopy(self.initial)
+
+    def state_codec(self) -> StateCodec[S]:
+        """How states are stored. Raises UnfitState when they cannot be."""
+        if self._state_codec is None:
+            annotation = state_type(self.evolve, self.initial)
+            self._state_codec = StateCodec(annotation, initial=self.initial, version=self.version)
+        return self._state_codec
 
     def __repr__(self) -> str:
         return f"Decider({self.category!r})"
@@ -121,7 +149,7 @@ class DeciderBehaviour:
 
     def initial(self, stream: StreamId) -> Aggregate:
         decider = self._by_category[stream.category]
-        return Aggregate(decider, decider.initial)
+        return Aggregate(decider, decider.fresh())
 
     def fold(self, state: Aggregate, records: Sequence[Envelope]) -> Aggregate:
         folded, evolve, decode = state.state, state.decider.evolve, self._codec.decode
@@ -223,6 +251,17 @@ def trace(cause: Envelope) -> Mapping[str, str]:
     if not cause.headers:
         return cause.headers
     return {name: cause.headers[name] for name in _TRACE if name in cause.headers}
+
+
+def state_type(evolve: Callable[..., Any], initial: object) -> object:
+    """What `evolve` says that its state is; the type of the initial state where it says nothing useful."""
+    try:
+        annotation = typing.get_type_hints(evolve, include_extras=True)[evolve.__code__.co_varnames[0]]
+    except (AttributeError, IndexError, KeyError, NameError, TypeError):
+        return type(initial)
+    if annotation in (Any, object) or isinstance(annotation, TypeVar):
+        return type(initial)
+    return annotation
 
 
 def parameter_types(function: Callable[..., Any], index: int, root: type[M]) -> tuple[type[M], ...]:

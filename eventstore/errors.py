@@ -28,6 +28,25 @@ class WrongExpectedVersion(EventStoreError):
         self.stream, self.expected, self.actual = stream, expected, actual
 
 
+class TooManyConflicts(EventStoreError):
+    """Others appended to the stream each time between reading it and appending to it. Nothing was appended: the same
+    call, with the same id, may be made again."""
+
+    def __init__(self, what: str, *, attempts: int, seconds: float) -> None:
+        super().__init__(
+            f"{what}: somebody else was quicker {attempts} times within {seconds:.1f} s; nothing was appended"
+        )
+        self.attempts = attempts
+
+
+class NoSuchVersion(EventStoreError):
+    """A stream was asked for as it was at a version that it has not reached."""
+
+    def __init__(self, stream: StreamId, *, wanted: Version, actual: Version) -> None:
+        super().__init__(f"stream {stream} is at version {actual}, there is no version {wanted} of it")
+        self.stream, self.wanted, self.actual = stream, wanted, actual
+
+
 class SchemaMismatch(EventStoreError):
     """The database's schema is not the one this code works with: run `foldbus db upgrade`."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 from bus.envelope import Envelope, StreamId, Version
-from eventstore.errors import EventStoreError
+from eventstore.errors import EventStoreError, StreamArchived, StreamTruncated
 from eventstore.port import Slice, Wanted
 
 S = TypeVar("S")
@@ -49,7 +49,8 @@ async def load_folded(
     page: int = PAGE,
 ) -> dict[StreamId, Folded[S] | Exception]:
     """The state of each wanted stream, which are distinct, as it was at some one moment: a stream that grows meanwhile
-    is folded to where it was first seen.
+    is folded to where it was first seen. One that is archived, or truncated beyond what is wanted, has that as its
+    answer.
 
     `begin` is given a stream's first slice and answers the state before its records: the initial one, or what
     `slice.snapshot` holds. What `begin` or `fold` raises is the answer for that stream, and concerns no other. What the
@@ -59,13 +60,32 @@ async def load_folded(
     left: list[_Stream[S]] = streams
     while left:
         most = min(page, max(_SHARE, _TOGETHER // len(left)))
-        for stream, part in zip(left, await store.load([one.next(most) for one in left]), strict=True):
-            try:
-                stream.take(part, begin, fold)
-            except Exception as error:
-                stream.failed = error
+        try:
+            parts = await store.load([one.next(most) for one in left])
+        except (StreamArchived, StreamTruncated):
+            await _load_one_by_one(store, left, most, begin, fold)
+            parts = ()
+        for stream, part in zip(left, parts, strict=bool(parts)):
+            stream.take(part, begin, fold)
         left = [one for one in left if one.unfinished]
     return {one.wanted.stream: one.failed or one.folded() for one in streams}
+
+
+async def _load_one_by_one(
+    store: Loads,
+    streams: Sequence[_Stream[S]],
+    most: int,
+    begin: Callable[[Slice], S],
+    fold: Callable[[S, Sequence[Envelope]], S],
+) -> None:
+    """One of them cannot be loaded, which concerns no other."""
+    for stream in streams:
+        try:
+            (part,) = await store.load([stream.next(most)])
+        except (StreamArchived, StreamTruncated) as error:
+            stream.failed = error
+        else:
+            stream.take(part, begin, fold)
 
 
 class _Stream(Generic[S]):
@@ -92,6 +112,12 @@ class _Stream(Generic[S]):
         return Wanted(wanted.stream, after=self._at, limit=min(most, self._target - self._at))
 
     def take(self, part: Slice, begin: Callable[[Slice], S], fold: Callable[[S, Sequence[Envelope]], S]) -> None:
+        try:
+            self._take(part, begin, fold)
+        except Exception as error:
+            self.failed = error
+
+    def _take(self, part: Slice, begin: Callable[[Slice], S], fold: Callable[[S, Sequence[Envelope]], S]) -> None:
         if not self._begun:
             self._begun = True
             if part.snapshot is not None:

@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 from uuid import UUID
 
@@ -22,14 +21,16 @@ from bus.envelope import Envelope, Origin, ReplyOutcome, ReplyTo, Token
 from bus.errors import Cancelled, Died, NobodyDecides, OutcomeUnknown, TransportUnavailable
 from bus.messages import Command, Message, Refused
 from bus.metrics import MemoryMetrics, Metrics
-from bus.processing import Again, Failed, Item
+from bus.processing import Item
 from bus.seams import Clock, Failpoint, Ids, NoFailpoints, SystemClock, Uuid7Ids
 from bus.topics import apply, validate
 from bus.transport import Transport
 from eventstore.errors import WrongExpectedVersion
 from eventstore.port import ClaimState, Store, Tx, Unit, Verdict
 from foldbus.backends import BusUrl, StoreUrl, open_store, open_transport
+from foldbus.executing import Executing
 from foldbus.outbox import Inbox, Publisher
+from foldbus.snapshotting import Snapshotter
 from foldbus.staging import Staging, check_kind
 from foldbus.transactions import in_transaction
 from foldbus.views import View
@@ -64,7 +65,6 @@ class Status:
 
 
 _TOKEN = "_foldbus_token"
-_LOST_RACES_AT_ONCE = 20
 
 
 def token_of(answer: object) -> Token | None:
@@ -102,6 +102,8 @@ class Connection:
         self.publisher = Publisher(transport)
         self.inbox = Inbox(transport, f"{service.name}.inbox", str(ids.new()), metrics)
         self.worker: Worker | None = None
+        self._snapshots: Snapshotter | None = None
+        self._executing: Executing | None = None
 
     # --- messages -----------------------------------------------------------------------------------------------
 
@@ -179,23 +181,20 @@ class Connection:
             self.inbox.forget(message_id)
         return self._answer(command, reply, receipt=receipt)
 
-    async def execute(self, command: Command[R], *, id: UUID | None = None) -> R:
+    async def execute(self, command: Command[R], *, id: UUID | None = None, timeout_s: float = 30.0) -> R:
         """Decides here and now, without the bus: committed when it returns. For the service's own commands.
 
         The same `id` again brings the first answer. Raises the `Refused`, or what the decider raised (nothing was
-        committed).
+        committed). Tried again when another process appended in between; TooManyConflicts after `timeout_s` of that.
         """
         check_kind(command, Command)
+        if self._executing is None:
+            self._executing = Executing(self._own_processor(), clock=self.clock, metrics=self.metrics)
         processor = self._own_processor()
         message_id = id or self.ids.new()
         item = Item(self.envelope(command, topic=None, id=message_id), None)
-        for attempt in count():
-            (result,) = await processor.process([item], {})
-            if isinstance(result, Failed):
-                raise result.error
-            if not isinstance(result, Again):
-                break
-            await asyncio.sleep(max(result.after_s, 0.0 if attempt < _LOST_RACES_AT_ONCE else 0.05))
+        decided = any(type(command) in decider.commands for decider in self.service.deciders)
+        await self._executing.run(item, timeout_s=timeout_s, in_turn=decided)
         (standing,) = await self.store.examine(processor.consumer, [(message_id, command.key)])
         if standing.reply is None:
             raise Died(message_id, error=f"its claim says {standing.state}")
@@ -241,6 +240,18 @@ class Connection:
         message_id = id or self.ids.new()
         origin = Origin(self.service.name, message_id, self.clock.now(), correlation_id=message_id)
         return self.service.codec.encode(message, origin, topic=topic, reply_to=reply_to, deadline=deadline)
+
+    @property
+    def snapshots(self) -> Snapshotter:
+        """Of the service's aggregates, for whoever decides here."""
+        if self._snapshots is None:
+            self._snapshots = Snapshotter(self.service.deciders, self.store, clock=self.clock, metrics=self.metrics)
+        return self._snapshots
+
+    async def close_snapshots(self) -> None:
+        """What waits to be saved is saved, or dropped after a moment."""
+        if self._snapshots is not None:
+            await self._snapshots.close()
 
     def _own_processor(self) -> Any:
         from foldbus.worker import command_processor
@@ -317,6 +328,7 @@ async def connect(
         )  # fmt: skip
         stack.push_async_callback(connection.publisher.close)
         stack.push_async_callback(connection.inbox.close)
+        stack.push_async_callback(connection.close_snapshots)
         if worker:
             connection.worker = Worker(connection, **options)
             await stack.enter_async_context(connection.worker.running())

@@ -8,7 +8,6 @@ What a unit promises is the store's business (`eventstore/port.py`), order and r
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ from bus.seams import Clock, Failpoint, Ids
 from bus.transport import Delivery
 from eventstore.behaviour import Behaviour, Decision
 from eventstore.errors import BadUnit
-from eventstore.loading import Folded, load_folded
 from eventstore.port import (
     Append,
     Claim,
@@ -29,32 +27,13 @@ from eventstore.port import (
     Store,
     Unit,
     Verdict,
-    Wanted,
     Watermark,
 )
 from foldbus.claims import Claims, Work
+from foldbus.snapshotting import Snapshotter
+from foldbus.states import Known, States
 
 log = logging.getLogger("foldbus.runtime")
-
-
-class StateCache:
-    """Folded states of the streams touched last, bounded by count. A state is taken out while a batch works on it and
-    put back only when its commit won: nothing half-done is ever seen."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._states: OrderedDict[StreamId, tuple[Version, Any]] = OrderedDict()
-
-    def take(self, stream: StreamId) -> tuple[Version, Any] | None:
-        return self._states.pop(stream, None)
-
-    def put(self, stream: StreamId, version: Version, state: Any) -> None:
-        self._states[stream] = (version, state)
-        if len(self._states) > self._size:
-            self._states.popitem(last=False)
-
-    def clear(self) -> None:
-        self._states.clear()
 
 
 class UnitProcessor:
@@ -76,6 +55,7 @@ class UnitProcessor:
         max_bytes: int,
         commit_failpoint: str = "commit",
         cache_size: int = 10_000,
+        snapshots: Snapshotter | None = None,
     ) -> None:
         self.group, self.consumer = group, consumer
         self._service, self._behaviour, self._store, self._wants = service, behaviour, store, wants
@@ -85,7 +65,9 @@ class UnitProcessor:
             consumer=consumer, service=service, store=store, ids=ids, clock=clock, metrics=metrics, max_bytes=max_bytes
         )
         self._before, self._after = f"before-{commit_failpoint}", f"after-{commit_failpoint}"
-        self._cache = StateCache(cache_size)
+        self._states = States(
+            behaviour, store, clock=clock, metrics=metrics, cache_size=cache_size, snapshots=snapshots
+        )
 
     def wants(self, type_name: str) -> bool:
         return self._wants(type_name)
@@ -95,14 +77,14 @@ class UnitProcessor:
     async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Result]:
         works = [Work(item) for item in batch]
         await self._claims.settle_known(works)
-        states = await self._load(works)
+        before = await self._load(works)
+        states = dict(before)
         self._decide(works, states)
-        await self._commit(works, states, watermarks)
+        await self._commit(works, states, before, watermarks)
         return [work.result or Again() for work in works]
 
-    async def _load(self, works: Sequence[Work]) -> dict[StreamId, tuple[Version, Any]]:
-        states: dict[StreamId, tuple[Version, Any]] = {}
-        wanted: dict[StreamId, None] = {}
+    async def _load(self, works: Sequence[Work]) -> dict[StreamId, Known]:
+        wanted: dict[StreamId, bool] = {}
         for work in works:
             if work.result is not None or work.unit is not None:
                 continue
@@ -111,33 +93,18 @@ class UnitProcessor:
             except BadInput as error:
                 work.result = Failed(error)
                 continue
-            stream = work.stream
-            if stream in states or stream in wanted:
+            wanted[work.stream] = wanted.get(work.stream, False) or work.item.examine
+        states: dict[StreamId, Known] = {}
+        for stream, found in (await self._states.load(wanted)).items() if wanted else ():
+            if not isinstance(found, Exception):
+                states[stream] = found
                 continue
-            known = None if work.item.examine else self._cache.take(stream)
-            if known is None:
-                self._cache.take(stream)
-                wanted[stream] = None
-            else:
-                states[stream] = known
-        if wanted:
-            behaviour = self._behaviour
-            found = await load_folded(
-                self._store,
-                [Wanted(stream) for stream in wanted],
-                begin=lambda part: behaviour.initial(part.stream),
-                fold=behaviour.fold,
-            )
-            for stream, folded in found.items():
-                if isinstance(folded, Folded):
-                    states[stream] = (folded.version, folded.state)
-                    continue
-                for work in works:  # the stream cannot be folded: fails whoever needs it, nobody else
-                    if work.stream == stream and work.result is None:
-                        work.result = Failed(folded)
+            for work in works:  # the stream cannot be folded: fails whoever needs it, nobody else
+                if work.stream == stream and work.result is None:
+                    work.result = Failed(found)
         return states
 
-    def _decide(self, works: Sequence[Work], states: dict[StreamId, tuple[Version, Any]]) -> None:
+    def _decide(self, works: Sequence[Work], states: dict[StreamId, Known]) -> None:
         """In order, each on the state that the one before it leaves. What fails holds up its key and its stream."""
         blocked_keys: set[str] = set()
         blocked_streams: set[StreamId] = set()
@@ -189,7 +156,11 @@ class UnitProcessor:
         )
 
     async def _commit(
-        self, works: Sequence[Work], states: Mapping[StreamId, tuple[Version, Any]], watermarks: Watermarks
+        self,
+        works: Sequence[Work],
+        states: Mapping[StreamId, Known],
+        before: Mapping[StreamId, Known],
+        watermarks: Watermarks,
     ) -> None:
         staged = [work for work in works if work.unit is not None]
         marks = self._marks(watermarks)
@@ -202,16 +173,20 @@ class UnitProcessor:
             await self._commit_one_by_one(staged, works, error)
             return
         self._failpoint.hit(self._after)
-        dropped: set[StreamId] = set()
+        lost: set[StreamId] = set()
+        ended: set[StreamId] = set()
         resend: list[Unit] = []
         for work, outcome in zip(staged, outcomes, strict=True):
             work.result = self._claims.result(work, outcome, resend)
-            ended = work.decision is not None and work.decision.forget
-            if work.stream is not None and (ended or outcome.verdict is not Verdict.COMMITTED):
-                dropped.add(work.stream)
+            if work.stream is not None and outcome.verdict is not Verdict.COMMITTED:
+                lost.add(work.stream)
+            elif work.stream is not None and work.decision is not None and work.decision.forget:
+                ended.add(work.stream)
         for stream, (version, state) in states.items():
-            if stream not in dropped:
-                self._cache.put(stream, version, state)
+            if stream in lost:
+                self._states.lost(stream, before.get(stream))
+            elif stream not in ended:
+                self._states.won(stream, version, state)
         if resend:
             await self._store.commit(resend)
         _keep_order(works)
@@ -255,7 +230,7 @@ class UnitProcessor:
         await self._store.commit([], watermarks=self._marks(watermarks))
 
     def forget(self, topics: Collection[tuple[str, int]]) -> None:
-        self._cache.clear()  # which stream came by which partition is not kept; a load is cheap
+        self._states.forget()  # which stream came by which partition is not kept; a load is cheap
 
 
 def _keep_order(works: Sequence[Work]) -> None:

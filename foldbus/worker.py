@@ -116,6 +116,7 @@ def _processor(
         failpoint=connection.failpoint,
         max_bytes=connection.transport.max_bytes,
         commit_failpoint=failpoint,
+        snapshots=connection.snapshots if isinstance(behaviour, DeciderBehaviour) else None,
     )
 
 
