@@ -23,6 +23,7 @@ from bus.metrics import Metrics
 from bus.registry import Registry
 from bus.seams import Clock
 from bus.transport import Consumer, Delivery, Headers, Transport
+from eventstore.errors import WrongEpoch
 from eventstore.port import Page
 from projections.definition import Projection
 from projections.port import LOG, BadRecord, Checkpoint, Feed, FeedPage, FeedRecord, Place, Row
@@ -70,7 +71,10 @@ class Wanted:
 
 
 class LogFeed:
-    """The own log: `offset` and `position` are the page's watermark, which no event appears below any more."""
+    """The own log: `offset` and `position` are the page's watermark, which no event appears below any more.
+
+    Rows and log live in one database and are restored together, so a checkpoint of a lower epoch is good. One of a
+    higher epoch, or beyond what the log has drawn, is refused (WrongEpoch, CheckpointAhead), not waited on."""
 
     sources = frozenset({LOG})
 
@@ -78,7 +82,13 @@ class LogFeed:
         self._store, self._wanted = store, wanted
 
     async def read(self, after: Checkpoint, *, limit: int, timeout_s: float = 0.0) -> FeedPage:
-        at = after.places.get((LOG, 0), Place()).position
+        place = after.places.get((LOG, 0), Place())
+        if place.epoch > self._store.epoch:
+            raise WrongEpoch(
+                f"the checkpoint is from epoch {place.epoch} of the log, this database is in epoch {self._store.epoch}: "
+                "it is an older one, and what it will write would be skipped; nothing was read"
+            )
+        at = place.position
         page = await self._store.read_all(after=at, limit=limit)
         if page.upto <= at and timeout_s > 0:
             await self._store.wait_past(at, timeout_s=timeout_s)

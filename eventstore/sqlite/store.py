@@ -22,11 +22,11 @@ from uuid import UUID
 
 from sqlalchemy import Connection, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.util import await_only
 
-from bus.envelope import Envelope, Failure, Offset, Position, StreamId, Version
+from bus.envelope import Envelope, Failure, Offset, Position
 from bus.metrics import MemoryMetrics, Metrics
 from bus.seams import Clock, SystemClock
 from eventstore import rows
@@ -41,17 +41,14 @@ from eventstore.port import (
     Slice,
     Snapshots,
     Standing,
-    StreamInfo,
     Timers,
     Tx,
     Unit,
     Verdict,
     Wanted,
     Watermark,
-    Where,
 )
-from eventstore.selecting import check_where
-from eventstore.sqlite import choosing, migrations, reading
+from eventstore.sqlite import migrations, reading
 from eventstore.sqlite.database import Mergeable, SqliteDatabase
 from eventstore.sqlite.faults import is_busy, translated
 from eventstore.sqlite.leases import SqliteLeases
@@ -179,41 +176,12 @@ class SqliteStore:
     async def load(self, wanted: Sequence[Wanted]) -> Sequence[Slice]:
         return await self.database.read(lambda connection: reading.load(connection, wanted))
 
-    async def read_stream(
-        self,
-        stream: StreamId,
-        *,
-        after: Version = 0,
-        upto: Version | None = None,
-        backward: bool = False,
-        limit: int | None = None,
-    ) -> Slice:
-        def find(connection: sqlite3.Connection) -> Slice:
-            return choosing.read_stream(connection, stream, after=after, upto=upto, backward=backward, limit=limit)
-
-        return await self.database.read(find)
-
-    async def streams(
-        self, *, category: str | None = None, after: StreamId | None = None, limit: int = 1000
-    ) -> Sequence[StreamInfo]:
-        return await self.database.read(
-            lambda connection: choosing.streams(connection, category=category, after=after, limit=limit)
-        )
-
-    async def read_all(
-        self, *, after: Position, limit: int, outgoing: bool = False, where: Where | None = None
-    ) -> Page:
+    async def read_all(self, *, after: Position, limit: int, outgoing: bool = False) -> Page:
         if limit < 1:
             raise ValueError(f"limit is {limit}; wanted at least 1")
-        if where is not None:
-            check_where(where, outgoing=outgoing)
-
-        def find(connection: sqlite3.Connection) -> Page:
-            if where is not None:
-                return choosing.page(connection, where, after=after, limit=limit)
-            return reading.page(connection, after=after, limit=limit, outgoing=outgoing)
-
-        page = await self.database.read(find)
+        page = await self.database.read(
+            lambda connection: reading.page(connection, after=after, limit=limit, outgoing=outgoing)
+        )
         self._watch.saw(page.head)
         if after > page.head:
             raise CheckpointAhead(after, drawn=page.head)
@@ -299,7 +267,8 @@ class SqliteStore:
                     lambda connection: self.commit_calls(SqlalchemySession(connection), [call])
                 )
             except BaseException:
-                with contextlib.suppress(DBAPIError):  # a full disk has undone all of it already
+                # A full disk has undone all of it already; so has a cancellation, which takes the connection along.
+                with contextlib.suppress(SQLAlchemyError):
                     await connection.exec_driver_sql("ROLLBACK TO foldbus_commit")
                     await connection.exec_driver_sql("RELEASE foldbus_commit")
                 raise

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from bus.envelope import Envelope
-from eventstore.errors import BadUnit, EventStoreError
+from eventstore.errors import BadUnit, CheckpointAhead, EventStoreError
 from eventstore.port import Store, Unit, Verdict
 from tests.eventstore.stores import (
     Backend,
@@ -129,12 +129,14 @@ async def test_a_full_page_ends_at_its_last_record(store: Store) -> None:
     assert page.upto < page.head
 
 
-async def test_a_checkpoint_beyond_the_head_shows_nothing_and_does_not_go_back(store: Store) -> None:
-    """After a restore: the caller sees a head below its checkpoint, and stops."""
+async def test_a_checkpoint_beyond_what_the_log_has_drawn_is_refused(store: Store) -> None:
+    """After a restore, or on another database: who waited there would skip what is written up to it."""
     await store.commit([Unit(appends=(append("a", 0),))])
-    page = await store.read_all(after=1_000, limit=10, outgoing=True)
-    assert (list(page.records), page.upto) == ([], 1_000)
-    assert page.head < 1_000
+    head = await store.head()
+    assert list((await store.read_all(after=head, limit=10, outgoing=True)).records) == []
+    with pytest.raises(CheckpointAhead) as refused:
+        await store.read_all(after=head + 1, limit=10, outgoing=True)
+    assert (refused.value.after, refused.value.drawn) == (head + 1, head)
 
 
 async def test_a_reader_beside_many_writers_misses_nothing_repeats_nothing_and_inverts_nothing(

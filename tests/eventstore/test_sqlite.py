@@ -225,7 +225,7 @@ async def test_callers_who_share_a_transaction_conflict_alone(path: Path) -> Non
 async def test_a_caller_whose_values_the_database_refuses_fails_alone(path: Path) -> None:
     metrics = MemoryMetrics()
     async with SqliteStore.open(path, service=SERVICE, metrics=metrics) as store:
-        poisoned = Unit(claim(key="p"), appends=(append("p", 0, event(data="no bytes".encode), event()),))  # type: ignore[arg-type]
+        poisoned = Unit(claim(key="p"), appends=(append("p", 0, event(data=["no bytes"]), event()),))  # type: ignore[arg-type]
         units = [poisoned if n == 5 else unit(str(n)) for n in range(12)]
         answers = await asyncio.gather(*(store.commit([one]) for one in units), return_exceptions=True)
         assert metrics.total("foldbus_store_transactions_total") <= 2
