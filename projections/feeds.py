@@ -85,7 +85,7 @@ class LogFeed:
         place = after.places.get((LOG, 0), Place())
         if place.epoch > self._store.epoch:
             raise WrongEpoch(
-                f"the checkpoint is from epoch {place.epoch} of the log, this database is in epoch {self._store.epoch}: "
+                f"the checkpoint is from epoch {place.epoch} of the log, this database is in {self._store.epoch}: "
                 "it is an older one, and what it will write would be skipped; nothing was read"
             )
         at = place.position

@@ -20,12 +20,12 @@ import asyncpg
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from bus.envelope import Envelope, Failure, Offset, Position, StreamId
+from bus.envelope import Envelope, Failure, Offset, Position, StreamId, Version
 from bus.metrics import MemoryMetrics, Metrics
 from bus.seams import Clock, Ids, SystemClock
 from eventstore import rows
 from eventstore.checks import check_units
-from eventstore.errors import BadUnit, CheckpointAhead, EventStoreError, StoreUnavailable
+from eventstore.errors import BadUnit, EventStoreError, StoreUnavailable
 from eventstore.port import (
     Claim,
     DeadLetter,
@@ -34,16 +34,19 @@ from eventstore.port import (
     Slice,
     Snapshot,
     Standing,
+    StreamInfo,
     Tx,
     Unit,
     Verdict,
     Wanted,
     Watermark,
+    Where,
 )
 from eventstore.postgres import feed, schema
 from eventstore.postgres.errors import DRIVER_ERRORS, Trouble, kind, translated
 from eventstore.postgres.leases import PostgresLeases
 from eventstore.postgres.pool import Pool, driver_dsn, make_engine
+from eventstore.postgres.reading import PostgresReading, with_token
 from eventstore.postgres.snapshots import PostgresSnapshots
 from eventstore.postgres.timers import PostgresTimers
 from eventstore.postgres.units import ARGUMENTS, LEAN_ARGUMENTS, STATES, Call
@@ -85,6 +88,7 @@ class PostgresStore:
         self.leases = PostgresLeases(self._row, self.schema, clock, metrics)
         self.timers = PostgresTimers(self._rows, self.schema, clock)
         self.snapshots = PostgresSnapshots(self._rows, self.schema)
+        self._reading = PostgresReading(self._rows, self.schema, self._watermark)
         self._commit_sql = f"select * from {self.schema}.commit_units({_places(ARGUMENTS)})"
         self._commit_one_sql = f"select * from {self.schema}.commit_one({_places(LEAN_ARGUMENTS)})"
 
@@ -317,26 +321,26 @@ class PostgresStore:
             standings.append(Standing(STATES[state], reply))
         return standings
 
-    async def read_all(self, *, after: Position, limit: int, outgoing: bool = False) -> Page:
-        if limit < 1:
-            raise ValueError(f"limit is {limit}; wanted 1 or more")
-        head = await self._watermark.fresh()
-        if after > self._watermark.drawn:
-            raise CheckpointAhead(after, drawn=self._watermark.drawn)
-        if head <= after:
-            return Page([], after, head)
-        # A later statement than the watermark's, and so a later snapshot: see 0001_floor_lock.sql.
-        if outgoing:
-            found = await self._rows(f"select * from {self.schema}.read_log($1, $2, $3)", after, head, limit)
-            records = [_logged(*row) for row in found]
-        else:
-            found = await self._rows(f"select * from {self.schema}.read_events($1, $2, $3)", after, head, limit)
-            records = [
-                rows.envelope(id, type, key, topic, data, time, meta, StreamId(category, stream), version, position)
-                for position, id, type, key, topic, time, data, meta, category, stream, version in found
-            ]
-        upto = found[-1][0] if len(found) >= limit else head
-        return Page(records, upto, head)
+    async def read_stream(
+        self,
+        stream: StreamId,
+        *,
+        after: Version = 0,
+        upto: Version | None = None,
+        backward: bool = False,
+        limit: int | None = None,
+    ) -> Slice:
+        return await self._reading.read_stream(stream, after=after, upto=upto, backward=backward, limit=limit)
+
+    async def streams(
+        self, *, category: str | None = None, after: StreamId | None = None, limit: int = 1000
+    ) -> Sequence[StreamInfo]:
+        return await self._reading.streams(category=category, after=after, limit=limit)
+
+    async def read_all(
+        self, *, after: Position, limit: int, outgoing: bool = False, where: Where | None = None
+    ) -> Page:
+        return await self._reading.read_all(after=after, limit=limit, outgoing=outgoing, where=where)
 
     async def head(self) -> Position:
         return await self._watermark.fresh()
@@ -406,30 +410,3 @@ class _DataTrouble(EventStoreError):
     def __init__(self, error: BaseException) -> None:
         super().__init__(f"the database cannot hold a value: {error}")
         self.error = error
-
-
-def with_token(reply: Envelope, last_event: Position, last_public: Position) -> Envelope:
-    """A stored reply, with the positions that were drawn after its document was made."""
-    if reply.token is None:
-        return reply
-    return replace(reply, token=replace(reply.token, position=last_event, public=last_public))
-
-
-def _logged(
-    position: int,
-    id: UUID,
-    type: str,
-    key: str,
-    topic: str | None,
-    time: datetime,
-    data: bytes,
-    meta: str,
-    category: str | None,
-    stream: str | None,
-    version: int | None,
-    last_event: int | None,
-    last_public: int | None,
-) -> Envelope:
-    where = None if category is None or stream is None else StreamId(category, stream)
-    found = rows.envelope(id, type, key, topic, data, time, meta, where, version, position)
-    return found if last_event is None else with_token(found, last_event, last_public or 0)

@@ -26,7 +26,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.util import await_only
 
-from bus.envelope import Envelope, Failure, Offset, Position
+from bus.envelope import Envelope, Failure, Offset, Position, StreamId, Version
 from bus.metrics import MemoryMetrics, Metrics
 from bus.seams import Clock, SystemClock
 from eventstore import rows
@@ -41,14 +41,17 @@ from eventstore.port import (
     Slice,
     Snapshots,
     Standing,
+    StreamInfo,
     Timers,
     Tx,
     Unit,
     Verdict,
     Wanted,
     Watermark,
+    Where,
 )
-from eventstore.sqlite import migrations, reading
+from eventstore.selecting import check_where
+from eventstore.sqlite import choosing, migrations, reading
 from eventstore.sqlite.database import Mergeable, SqliteDatabase
 from eventstore.sqlite.faults import is_busy, translated
 from eventstore.sqlite.leases import SqliteLeases
@@ -176,12 +179,41 @@ class SqliteStore:
     async def load(self, wanted: Sequence[Wanted]) -> Sequence[Slice]:
         return await self.database.read(lambda connection: reading.load(connection, wanted))
 
-    async def read_all(self, *, after: Position, limit: int, outgoing: bool = False) -> Page:
+    async def read_stream(
+        self,
+        stream: StreamId,
+        *,
+        after: Version = 0,
+        upto: Version | None = None,
+        backward: bool = False,
+        limit: int | None = None,
+    ) -> Slice:
+        def find(connection: sqlite3.Connection) -> Slice:
+            return choosing.read_stream(connection, stream, after=after, upto=upto, backward=backward, limit=limit)
+
+        return await self.database.read(find)
+
+    async def streams(
+        self, *, category: str | None = None, after: StreamId | None = None, limit: int = 1000
+    ) -> Sequence[StreamInfo]:
+        return await self.database.read(
+            lambda connection: choosing.streams(connection, category=category, after=after, limit=limit)
+        )
+
+    async def read_all(
+        self, *, after: Position, limit: int, outgoing: bool = False, where: Where | None = None
+    ) -> Page:
         if limit < 1:
             raise ValueError(f"limit is {limit}; wanted at least 1")
-        page = await self.database.read(
-            lambda connection: reading.page(connection, after=after, limit=limit, outgoing=outgoing)
-        )
+        if where is not None:
+            check_where(where, outgoing=outgoing)
+
+        def find(connection: sqlite3.Connection) -> Page:
+            if where is not None:
+                return choosing.page(connection, where, after=after, limit=limit)
+            return reading.page(connection, after=after, limit=limit, outgoing=outgoing)
+
+        page = await self.database.read(find)
         self._watch.saw(page.head)
         if after > page.head:
             raise CheckpointAhead(after, drawn=page.head)
