@@ -96,12 +96,14 @@ async def check(db: asyncpg.Connection[asyncpg.Record], *, service: str) -> Foun
                    {schema}.log_number() as number,
                    (select number from foldbus.logs where schema = $2) as allocated,
                    (select count(*) from pg_trigger t where t.tgname = 'floor_lock' and t.tgenabled in ('O', 'A')
-                       and t.tgrelid in (to_regclass($3), to_regclass($4))) as triggers
+                       and t.tgrelid in (to_regclass($3), to_regclass($4))) as triggers,
+                   to_regclass($5) is not null as importing
               from pg_sequence s, {schema}.log l where s.seqrelid = to_regclass($1)""",
         f"{schema}.position",
         schema,
         f"{schema}.events",
         f"{schema}.outgoing",
+        f"{schema}.import",
     )
     if row is None:
         raise SchemaMismatch(f"{schema}: the sequence or the log's row is missing; restore the schema")
@@ -119,6 +121,11 @@ async def check(db: asyncpg.Connection[asyncpg.Record], *, service: str) -> Foun
         )
     if row["service"] != service:
         raise SchemaMismatch(f"{schema} belongs to service {row['service']!r}, not to {service!r}")
+    if row["importing"]:
+        raise SchemaMismatch(
+            f"an import into {schema} was begun and is not finished: run `foldbus store import` with the same file "
+            f"again, or drop schema {schema}"
+        )
     if row["standby"]:
         raise SchemaMismatch(f"{schema}: this server is a standby; locks are only seen on the primary")
     return Found(epoch=row["epoch"])

@@ -18,6 +18,8 @@ from eventstore.sqlite.faults import is_busy, translated
 T = TypeVar("T")
 
 FIRST_EPOCH = 0
+IMPORT = "foldbus_import"
+"""A store that is being filled has this table: see `moving.py`."""
 _NAME = re.compile(r"(?P<number>\d{4})_[a-z0-9_]+\.sql")
 _CREATE = (
     "CREATE TABLE IF NOT EXISTS foldbus_schema "
@@ -45,8 +47,8 @@ def migrate(path: Path, *, service: str, busy_s: float = 10.0) -> None:
     connection = connect(path, create=True)
     try:
         # The journal's mode lasts; changing it needs the file to itself for a moment.
-        _patiently(lambda: connection.execute("PRAGMA journal_mode=WAL").fetchall(), path, busy_s)
-        _patiently(lambda: connection.execute("BEGIN IMMEDIATE"), path, busy_s)
+        patiently(lambda: connection.execute("PRAGMA journal_mode=WAL").fetchall(), path, busy_s)
+        patiently(lambda: connection.execute("BEGIN IMMEDIATE"), path, busy_s)
         try:
             _apply(connection, path, service)
             connection.execute("COMMIT")
@@ -77,17 +79,25 @@ def _apply(connection: sqlite3.Connection, path: Path, service: str) -> None:
 def check(connection: sqlite3.Connection, path: Path, *, service: str) -> int:
     """The log's epoch. Raises SchemaMismatch unless the file is exactly at this code's schema, and this service's."""
     wanted = migrations()[-1][0]
-    (there,) = connection.execute(
-        "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'foldbus_schema'"
-    ).fetchone()
+    there = has_table(connection, "foldbus_schema")
     found = connection.execute("SELECT coalesce(max(number), 0) FROM foldbus_schema").fetchone()[0] if there else 0
     if found > wanted:
         raise SchemaMismatch(_newer(path, found, wanted))
     if found < wanted:
         raise SchemaMismatch(f"{path} is at schema {found}, wanted {wanted}; run `foldbus db upgrade`")
     _check_service(connection, path, service)
+    if has_table(connection, IMPORT):
+        raise SchemaMismatch(
+            f"an import into {path} was begun and is not finished: run `foldbus store import` with the same file "
+            "again, or remove this one"
+        )
     (epoch,) = connection.execute("SELECT epoch FROM foldbus_log").fetchone()
     return int(epoch)
+
+
+def has_table(connection: sqlite3.Connection, name: str) -> bool:
+    found = connection.execute("SELECT 1 FROM sqlite_master WHERE type='table' AND name=?", (name,)).fetchone()
+    return found is not None
 
 
 def raise_epoch(path: Path, *, service: str, busy_s: float = 10.0) -> int:
@@ -95,7 +105,7 @@ def raise_epoch(path: Path, *, service: str, busy_s: float = 10.0) -> int:
     connection = connect(path)
     try:
         check(connection, path, service=service)
-        _patiently(lambda: connection.execute("UPDATE foldbus_log SET epoch = epoch + 1"), path, busy_s)
+        patiently(lambda: connection.execute("UPDATE foldbus_log SET epoch = epoch + 1"), path, busy_s)
         return check(connection, path, service=service)
     finally:
         connection.close()
@@ -121,7 +131,8 @@ def _statements(sql: str) -> Iterator[str]:
             part = ""
 
 
-def _patiently(step: Callable[[], T], path: Path, busy_s: float) -> T:
+def patiently(step: Callable[[], T], path: Path, busy_s: float = 10.0) -> T:
+    """Again and again while another process has the file locked. Raises StoreUnavailable after `busy_s`. Blocks."""
     give_up_at = time.monotonic() + busy_s
     while True:
         try:

@@ -1,0 +1,128 @@
+"""Stores to export from and to import into: one of each adapter, of one service."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from eventstore.export import Header, export_to, import_lines
+from eventstore.port import ANY, ClaimState, Fence, Snapshot, Unit, Watermark
+from eventstore.postgres import PostgresStore
+from eventstore.postgres import moving as postgres_moving
+from eventstore.sqlite import SqliteStore
+from eventstore.sqlite import moving as sqlite_moving
+from tests.eventstore.stores import (
+    CONSUMER,
+    IDS,
+    NOON,
+    SERVICE,
+    append,
+    claim,
+    dead_letter,
+    event,
+    failure,
+    message,
+    reply,
+    stream,
+    timer,
+    undo,
+)
+
+Open = Callable[..., AbstractAsyncContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one service's store is, or will be."""
+
+    name: str
+    where: str
+    store: Open
+    source: Open
+    target: Open
+    migrate: Callable[[], Any]
+
+    async def export(self) -> bytes:
+        out = BytesIO()
+        async with self.source() as source:
+            await export_to(source, out)
+        return out.getvalue()
+
+    async def fill(self, exported: bytes) -> Header:
+        async with self.target() as target:
+            return await import_lines(lines(exported), target, service=SERVICE)
+
+
+def sqlite_place(path: Path, service: str = SERVICE) -> Place:
+    return Place(
+        "sqlite",
+        str(path),
+        partial(SqliteStore.open, path, service=service),
+        partial(sqlite_moving.open_source, path, service=service),
+        partial(sqlite_moving.open_target, path, service=service),
+        partial(SqliteStore.migrate, path, service=service),
+    )
+
+
+def postgres_place(dsn: str, service: str = SERVICE) -> Place:
+    return Place(
+        "postgres",
+        dsn,
+        partial(PostgresStore.open, dsn, service=service),
+        partial(postgres_moving.open_source, dsn, service=service),
+        partial(postgres_moving.open_target, dsn, service=service),
+        partial(PostgresStore.migrate, dsn, service=service),
+    )
+
+
+def lines(exported: bytes) -> Iterator[bytes]:
+    return iter(exported.splitlines(keepends=True)) if b"\r" not in exported else iter(BytesIO(exported).readline, b"")
+
+
+def signed(body: Sequence[bytes]) -> bytes:
+    """Lines with an end that fits them, however wrong they are."""
+    found = b"".join(body)
+    digest = hashlib.sha256(found).hexdigest()
+    return found + b'{"is":"end","lines":%d,"sha256":"%s"}\n' % (len(body), digest.encode())
+
+
+async def live(store: Any, *, streams: int = 3) -> None:
+    """Something of everything that a store holds."""
+    long_past = NOON - timedelta(days=2)
+    for nth in range(streams):
+        name = f"o-{nth}"
+        took = claim(key=name, reply=reply())
+        await store.commit([Unit(claim=took, appends=(append(name, 0, 3),), outgoing=(message(name),))])
+        await store.commit([Unit(claim=took, appends=(append(name, 3),))])  # again: answered, not written
+    await store.commit(
+        [Unit(appends=(append("private", ANY, 2, public=False), append(stream("ö\u2028\x7f", "saga"), 0)))]
+    )
+    refused, undone = IDS.new(), IDS.new()
+    await store.commit(
+        [
+            Unit(claim=claim(refused, "o-1", reply=reply(topic=None))),
+            Unit(claim=claim(key="o-1")),
+            Unit(claim=undo(undone, Fence.CANCEL, reply=reply(undone))),
+            Unit(claim=claim(key="o-2", state=ClaimState.DEAD), dead_letter=dead_letter()),
+            Unit(claim=claim(key="o-3", state=ClaimState.DEAD), dead_letter=dead_letter(UUID(int=7), at=long_past)),
+        ],
+        watermarks=[Watermark("shop", "shop.commands", part, 10 + part) for part in range(12)],
+    )
+    await store.commit([Unit(timers=(timer(long_past), timer(NOON + timedelta(days=9000))))])
+    (due,) = await store.timers.due(limit=1)
+    assert due.due_at == long_past
+    async with store.leases.lead("relay") as leading:
+        await store.leases.mark(leading.lease, old=0, new=4)
+    await store.forget_outgoing(upto=4)
+    await store.snapshots.save([Snapshot(stream("o-1"), 2, "order/1", b"\x00\xff{}", NOON)])
+
+
+__all__ = ["CONSUMER", "Place", "event", "failure", "lines", "live", "postgres_place", "signed", "sqlite_place"]
