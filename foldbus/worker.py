@@ -73,12 +73,18 @@ def command_processor(connection: Connection) -> UnitProcessor | HandlerProcesso
         raise UnknownType(f"type {type_name!r} arrived on {service.name}.commands, but nobody here takes it")
 
     inner = _processor(connection, service.name, service.name, behaviour, wants)
-    handlers = {str(command.type_name): handler for handler in service.handlers for command in handler.commands}
+    older = service.registry.upcasting.older
+    handlers = {
+        name: handler
+        for handler in service.handlers
+        if handler.commands
+        for name in (*handler.types, *older(handler.types))
+    }
     return HandlerProcessor(connection, inner, handlers, consumer=service.name) if handlers else inner
 
 
-def subscription_processor(connection: Connection, handler: Handler) -> HandlerProcessor:
-    """The processor of one handler of events."""
+def subscription_processor(connection: Connection, handler: Handler) -> Processor:
+    """The processor of one handler of events, also of those that are upcast to its own."""
     service = connection.service
     group = handler_group(service.name, handler)
     bases = frozenset(event.type_name.base for event in handler.events)
@@ -92,7 +98,11 @@ def subscription_processor(connection: Connection, handler: Handler) -> HandlerP
         (), service=service.name, codec=service.codec, ids=connection.ids, clock=connection.clock
     )
     inner = _processor(connection, group, group, behaviour, wants)
-    return HandlerProcessor(connection, inner, {str(one.type_name): handler for one in handler.events}, consumer=group)
+    names = [str(event.type_name) for event in handler.events]
+    processor = HandlerProcessor(connection, inner, dict.fromkeys(names, handler), consumer=group)
+    if not service.registry.upcasting:
+        return processor
+    return UpcastProcessor(processor, names, codec=service.codec, metrics=connection.metrics)
 
 
 def _processor(
@@ -233,8 +243,12 @@ class Worker:
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
-        """While the context lasts the service is handled here. A part that fails for good ends all of them: the error
-        comes out of the context (and of `ended`)."""
+        """While the context lasts the service is handled here; then what is in hand is finished.
+
+        As in a TaskGroup: a part that fails for good cancels the body and ends the other parts, and its error comes out
+        of the context (also of `ended`, and of `check`). What the body raises by itself comes out as it is.
+        """
+        body = _Body()
         parts = [
             asyncio.create_task(self._when_topics_exist(engine), name=f"engine {engine}") for engine in self.engines
         ]
@@ -244,9 +258,15 @@ class Worker:
             background.append(asyncio.create_task(self._timers(self._replies), name="timers"))
         for task in (*parts, *background):
             task.add_done_callback(self._part_ended)
+        self.ended.add_done_callback(lambda _: body.cancel())
         try:
-            yield
-            self.check()
+            try:
+                yield
+            finally:
+                await body.leave()
+        except asyncio.CancelledError:
+            if body.cancelled_by_others or not self.ended.done():
+                raise
         finally:
             for engine in self.engines:
                 engine.stop()
@@ -261,6 +281,7 @@ class Worker:
                 await asyncio.gather(*parts, *background, return_exceptions=True)
                 if self.ended.done():
                     self.ended.exception()  # seen
+        self.check()
 
     def check(self) -> None:
         """Raises what made a part fail for good, if one did."""
@@ -298,6 +319,36 @@ class Worker:
             except StoreUnavailable as error:
                 log.warning("timers wait, the store does not answer: %s", error)
             await asyncio.sleep(self.settings.timer_poll_s)
+
+
+class _Body:
+    """The task that a context's body runs in, to be cancelled once by us and told apart from others' cancelling."""
+
+    def __init__(self) -> None:
+        self._task = asyncio.current_task()
+        self._left = self._cancelled = False
+        self.cancelled_by_others = False
+
+    def cancel(self) -> None:
+        if self._task is not None and not self._left:
+            self._cancelled = self._task.cancel()
+
+    async def leave(self) -> None:
+        """Takes our cancelling back, also one that has not reached the body before it ended."""
+        self._left = True
+        task = asyncio.current_task()
+        if task is None or task is not self._task:  # a fixture's end, for one: nobody is to be cancelled there
+            return
+        try:
+            if self._cancelled:
+                await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            if task.cancelling() > 1:
+                raise
+        finally:
+            if self._cancelled:
+                task.uncancel()
+            self.cancelled_by_others = task.cancelling() > 0
 
 
 def _bounded_parse(limit: int) -> Callable[[Delivery], Envelope]:

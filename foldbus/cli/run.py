@@ -13,10 +13,11 @@ import typer
 from bus.seams import KillAt, NoFailpoints
 from foldbus.cli.loading import AppArgument, BadSettings, BusOption, StoreOption, load_service, settings
 from foldbus.cli.logs import hear_drivers, log_to_stderr
-from foldbus.cli.running import WRONG
+from foldbus.cli.running import WRONG, end_at_once
 from foldbus.process import tune
 from foldbus.service import Service
 from foldbus.settings import Settings
+from foldbus.worker import Worker
 
 log = logging.getLogger("foldbus.cli")
 
@@ -32,7 +33,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and worse")] = False,
 ) -> None:
     """Runs a service: its handlers, its sagas, its relay and its projections, until SIGTERM or SIGINT. Then it finishes
-    what it has in hand and exits 0; a second signal cuts that short. Exits 1 when a part failed for good."""
+    what it has in hand and exits 0; a second signal ends it at once. Exits 1 when a part failed for good."""
     log_to_stderr(quiet=quiet)
     tune()
     failure = asyncio.run(_run(load_service(service), settings(store, bus)))
@@ -48,17 +49,20 @@ async def _run(service: Service, chosen: Settings) -> BaseException | None:
     assert task is not None
     ready, asked = False, False
 
-    def stop() -> None:
+    def stop(number: int) -> None:
         nonlocal asked
-        if ready and not asked:
-            stopping.set()
-        else:  # nothing is in hand yet, or it takes too long
-            task.cancel()
+        if asked:
+            log.warning("ends %s without waiting for what is in hand: it is handled after the next start", service.name)
+            end_at_once(number)
         asked = True
+        if ready:
+            stopping.set()
+        else:  # nothing is in hand yet
+            task.cancel()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    failed: BaseException | None = None
+        loop.add_signal_handler(number, stop, number)
+    worker: Worker | None = None
     try:
         async with service.connect(
             store=chosen.store,
@@ -70,24 +74,20 @@ async def _run(service: Service, chosen: Settings) -> BaseException | None:
             settings=chosen.worker(),
         ) as connection:
             worker = connection.worker
-            assert worker is not None
-            worker.ended.add_done_callback(lambda _: stopping.set())
             ready = True
             hear_drivers()
             log.info("ready: %s reads %s", service.name, ", ".join(sorted(_topics(service))) or "its own log")
             await stopping.wait()
-            if worker.ended.done():
-                failed = worker.ended.exception()
-            else:
-                log.info("stopping %s", service.name)
+            log.info("stopping %s", service.name)
     except asyncio.CancelledError:
         if not asked:
             raise
-        log.warning("stopped %s without waiting for what was in hand", service.name)
+        log.warning("stopped %s before it was ready", service.name)
     except Exception as error:
-        if failed is None or error is not failed:
+        if worker is None or not worker.ended.done() or worker.ended.exception() is not error:
             raise
-    return failed
+        return error
+    return None
 
 
 def _topics(service: Service) -> set[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import typer.core
@@ -44,6 +45,16 @@ class Commands(typer.core.TyperGroup):
             raise SystemExit(WRONG if isinstance(error, Interrupted) else UNUSABLE) from None
 
 
+def end_at_once(number: int) -> None:
+    """As the signal would have ended a process that knows nothing of it. Nothing is waited for, and nothing needs to
+    be: what is unfinished is what a crash leaves."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 def finish(work: Coroutine[Any, Any, T], *, hint: str = "") -> T:
     """Runs a command to its end. The first SIGINT or SIGTERM cancels it: what it opened is closed, what it wrote stays,
     and Interrupted says `hint`. A second one kills."""
@@ -53,15 +64,15 @@ def finish(work: Coroutine[Any, Any, T], *, hint: str = "") -> T:
         assert task is not None
         interrupted = False
 
-        def interrupt() -> None:
+        def interrupt(number: int) -> None:
             nonlocal interrupted
+            if interrupted:
+                end_at_once(number)
             interrupted = True
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
             task.cancel()
 
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, interrupt)
+            loop.add_signal_handler(number, interrupt, number)
         try:
             return await work
         except asyncio.CancelledError:

@@ -1,0 +1,145 @@
+"""How a worker ends: by its body, by a part that fails for good, by signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from bus.errors import FoldbusError
+from foldbus import Connection, Service
+from foldbus.worker import Worker
+from tests.foldbus.desk import SOURCE
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Broken(FoldbusError):
+    """What a part of the worker dies of."""
+
+
+@pytest.fixture
+async def connection(tmp_path: Path) -> AsyncIterator[Connection]:
+    async with Service("desk").connect(store=f"sqlite:{tmp_path}", bus=f"embedded:{tmp_path}") as connection:
+        yield connection
+
+
+def doomed(connection: Connection) -> tuple[Worker, asyncio.Event]:
+    """A worker whose relay fails for good once the event is set."""
+    worker, end = Worker(connection), asyncio.Event()
+
+    async def run() -> None:
+        await end.wait()
+        raise Broken("for good")
+
+    worker.relay.run = run  # type: ignore[method-assign]
+    return worker, end
+
+
+async def body(worker: Worker, end: asyncio.Event, *, turns: int | None = None, last: Exception | None = None) -> None:
+    """Sets `end` and stays, for so many turns of the loop, or for ever."""
+    async with worker.running():
+        end.set()
+        try:
+            if turns is None:
+                await asyncio.Event().wait()
+            for _ in range(turns or 0):
+                await asyncio.sleep(0)
+        finally:
+            if last is not None:
+                raise last
+
+
+async def test_a_part_that_fails_for_good_cancels_the_body_and_its_error_comes_out(connection: Connection) -> None:
+    worker, end = doomed(connection)
+    async with asyncio.timeout(20):
+        with pytest.raises(Broken, match="for good") as raised:
+            await body(worker, end)
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    assert worker.ended.exception() is raised.value
+    await asyncio.sleep(0)  # nothing of it is left over
+
+
+async def test_the_error_comes_out_also_when_the_body_ended_before_it_heard(connection: Connection) -> None:
+    for turns in range(1, 4):  # the part fails in the first turn of the loop, its error is told in the next
+        worker, end = doomed(connection)
+        with pytest.raises(Broken):
+            await body(worker, end, turns=turns)
+        await asyncio.sleep(0)  # nothing of it is left over
+        with pytest.raises(Broken):
+            worker.check()
+
+
+async def test_what_the_body_raises_by_itself_comes_out_as_it_is(connection: Connection) -> None:
+    worker, end = doomed(connection)
+    with pytest.raises(KeyError):
+        await body(worker, end, last=KeyError())
+    await asyncio.sleep(0)
+    with pytest.raises(LookupError):
+        await body(Worker(connection), end, turns=0, last=LookupError())
+
+
+async def test_who_is_cancelled_from_outside_stays_cancelled(connection: Connection) -> None:
+    worker, end = doomed(connection)
+    task = asyncio.create_task(body(worker, end))
+    worker.ended.add_done_callback(lambda _: task.cancel())  # in the same turn as the part's end
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert task.cancelled()
+
+
+class TestASecondSignal:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_ends_a_worker_at_once_that_still_drains(self, tmp_path: Path, number: signal.Signals) -> None:
+        """Its store is locked by somebody else, so that what it has in hand cannot be finished."""
+        (tmp_path / "desk_service.py").write_text(SOURCE.replace("NAME", "desk") + _SENDER)
+        subprocess.run([sys.executable, "desk_service.py"], cwd=tmp_path, env=_env(), check=True, timeout=60)
+        with sqlite3.connect(tmp_path / ".foldbus" / "desk.db", isolation_level=None) as locked:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "foldbus", "run", "desk_service:app"],
+                cwd=tmp_path, env=_env(), stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            assert process.stderr is not None
+            for line in process.stderr:
+                if "ready" in line:
+                    break
+            locked.execute("begin immediate")
+            process.send_signal(number)
+            for line in process.stderr:
+                if "stopping" in line:
+                    break
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=1)
+            process.send_signal(number)
+            _, said = process.communicate(timeout=10)
+        locked.close()
+        assert process.returncode == -number, said
+        assert "handled after the next start" in said
+
+
+_SENDER = """
+
+if __name__ == "__main__":
+    import asyncio
+
+    async def main() -> None:
+        async with app.connect() as connection:
+            for number in range(2000):
+                await connection.send(Open(ticket_id=f"t{number}", number=1))
+
+    asyncio.run(main())
+"""
+
+
+def _env() -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FOLDBUS_")}
+    return {**environment, "PYTHONPATH": str(ROOT)}
