@@ -65,6 +65,7 @@ class Handler:
             raise BadHandler(f"handler {error}") from error
         self.commands = tuple(one for one in self.messages if issubclass(one, Command))
         self.events = tuple(one for one in self.messages if issubclass(one, Event))
+        self.types = frozenset(str(one.type_name) for one in self.messages)
         self._check()
 
     def __repr__(self) -> str:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from bus.codec import check_size
+from bus.codec import check_size, decode_command
 from bus.envelope import Envelope, Failure
 from bus.errors import BadInput
 from bus.messages import Message, Refused
@@ -111,10 +111,14 @@ class HandlerProcessor:
         if work.unit is not None:
             return await self._commit(work, work.unit)
         try:
-            message = self._connection.service.codec.decode(item.envelope)
+            message = self._decoded(item.envelope, handler)
         except BadInput as error:
             return Failed(error)
         return await self._handle(work, handler, message)
+
+    def _decoded(self, envelope: Envelope, handler: Handler) -> Message:
+        codec = self._connection.service.codec
+        return decode_command(codec, envelope, handler.types) if handler.commands else codec.decode(envelope)
 
     async def _handle(self, work: Work, handler: Handler, message: Message) -> Result:
         connection, envelope = self._connection, work.item.envelope
@@ -190,7 +194,9 @@ class HandlerProcessor:
             fences=undoes,
             fence=Fence.EXPECT_DONE if undoes is not None else None,
         )
-        return Unit(claim) if ctx is None else Unit(claim, appends=ctx.appends, outgoing=ctx.outgoing)
+        if ctx is None:
+            return Unit(claim)
+        return Unit(claim, appends=ctx.appends, asserts=ctx.asserts, outgoing=ctx.outgoing)
 
     async def _commit(self, work: Work, unit: Unit) -> Result:
         (outcome,) = await self._connection.store.commit([unit])
