@@ -162,6 +162,13 @@ class DeciderBehaviour:
                     folded = evolve(folded, event)
         return Aggregate(state.decider, folded)
 
+    def events(self, category: str, record: Envelope) -> Sequence[Message]:
+        """What one stored event is to the decider of this category: one event, or those that it is upcast to."""
+        today = self._events[category]
+        if record.type in today:
+            return [self._codec.decode(record)]
+        return self._older(record, self._by_category[category], today)
+
     def decide(self, state: Aggregate, envelope: Envelope) -> Decision[Aggregate]:
         decider = state.decider
         command = decode_command(self._codec, envelope, self._commands[decider.category])

@@ -118,32 +118,38 @@ class _Stream(Generic[S]):
             self.failed = error
 
     def _take(self, part: Slice, begin: Callable[[Slice], S], fold: Callable[[S, Sequence[Envelope]], S]) -> None:
-        if not self._begun:
-            self._begun = True
+        first_part, self._begun = not self._begun, True
+        if first_part:
             if part.snapshot is not None:
                 self._at = self._snapshot = part.snapshot.version
             limit = self.wanted.limit
             self._target = part.version if limit is None else min(part.version, self._at + limit)
             self._state = begin(part)
+        if self._at < self._target and (not part.records or part.records[0].version != self._at + 1):
+            raise truncated(part, self._at) if first_part else _gone(part, self._at)
         if part.records:
-            first = part.records[0].version
-            if first != self._at + 1:
-                raise _gone(part, f"found version {first}, wanted {self._at + 1}")
             self._state = fold(self._state, part.records)
             self._events += len(part.records)
             self._at = part.records[-1].version or self._at
-        elif self._at < self._target:
-            raise _gone(part, f"nothing after {self._at}, wanted up to {self._target}")
 
     def folded(self) -> Folded[S]:
         return Folded(self.wanted.stream, self._at, self._state, self._events, self._snapshot)
 
 
-def _gone(part: Slice, found: str) -> EventStoreError:
-    return EventStoreError(
-        f"stream {part.stream} at version {part.version}: {found}; was it truncated or archived while it was loaded? "
-        "Load it again"
+def truncated(part: Slice, after: Version) -> StreamTruncated:
+    """The error for a part that does not begin with the event after `after`, though the stream is further."""
+    found = f"the next one stored is {part.records[0].version}" if part.records else "none is stored"
+    return StreamTruncated(
+        f"stream {part.stream} is at version {part.version}; wanted its events after {after}, but {found}: the others "
+        "were truncated, and no snapshot of today's schema takes their place"
     )
 
 
-__all__ = ["PAGE", "Folded", "Loads", "load_folded"]
+def _gone(part: Slice, after: Version) -> EventStoreError:
+    return EventStoreError(
+        f"stream {part.stream} is at version {part.version}; found nothing after {after}: was it truncated or archived "
+        "while it was loaded? Load it again"
+    )
+
+
+__all__ = ["PAGE", "Folded", "Loads", "load_folded", "truncated"]

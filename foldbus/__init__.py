@@ -45,7 +45,18 @@ from bus.messages import Command, Event, Key, Message, Query, Refused  # noqa: E
 from bus.metrics import MemoryMetrics, Metrics  # noqa: E402
 from bus.upcasting import Upcaster, drop_event, split_event, upcast  # noqa: E402
 from eventstore.decider import BadDecider, BadDecision, Decider  # noqa: E402
-from eventstore.errors import EventStoreError, StoreUnavailable, WrongExpectedVersion  # noqa: E402
+from eventstore.errors import (  # noqa: E402
+    EventStoreError,
+    NoSuchVersion,
+    StoreUnavailable,
+    StreamArchived,
+    StreamTruncated,
+    TooManyConflicts,
+    WrongExpectedVersion,
+)
+from eventstore.port import ANY  # noqa: E402
+from eventstore.repository import Appended, Loaded, Repository, Step  # noqa: E402
+from eventstore.snapshots import Snapshots  # noqa: E402
 from foldbus.connection import Connection, Receipt, Status, token_of  # noqa: E402
 from foldbus.handlers import BadAnswer, BadHandler, Context, Handler, ThreadContext  # noqa: E402
 from foldbus.service import BadService, Service  # noqa: E402
@@ -72,6 +83,8 @@ from sagas import (  # noqa: E402
 )
 
 __all__ = [
+    "ANY",
+    "Appended",
     "BadAnswer",
     "BadDecider",
     "BadDecision",
@@ -94,11 +107,13 @@ __all__ = [
     "FoldbusError",
     "Handler",
     "Key",
+    "Loaded",
     "MemoryMetrics",
     "Message",
     "MessageTooLarge",
     "Metrics",
     "MissingTopics",
+    "NoSuchVersion",
     "NobodyDecides",
     "NotThere",
     "OutcomeUnknown",
@@ -108,20 +123,24 @@ __all__ = [
     "RebuildStopped",
     "Receipt",
     "Refused",
+    "Repository",
     "SagaDefinition",
     "SagaRun",
     "Service",
     "Status",
+    "Step",
     "StepCancelled",
     "StepDied",
     "StepFailed",
     "StepRefused",
     "StepTimedOut",
     "StoreUnavailable",
+    "StreamArchived",
     "StreamId",
     "ThreadContext",
     "Token",
     "TokenElsewhere",
+    "TooManyConflicts",
     "TopicMismatch",
     "TransportUnavailable",
     "UpcastFailed",

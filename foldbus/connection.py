@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 from uuid import UUID
 
 from pydantic import BaseModel
 
 from bus.codec import died_error
-from bus.envelope import Envelope, Origin, ReplyOutcome, ReplyTo, Token
+from bus.envelope import Envelope, Origin, Position, ReplyOutcome, ReplyTo, StreamId, Token, Version
 from bus.errors import Cancelled, Died, NobodyDecides, OutcomeUnknown, TransportUnavailable
 from bus.messages import Command, Message, Refused
 from bus.metrics import MemoryMetrics, Metrics
@@ -25,11 +25,14 @@ from bus.processing import Item
 from bus.seams import Clock, Failpoint, Ids, NoFailpoints, SystemClock, Uuid7Ids
 from bus.topics import apply, validate
 from bus.transport import Transport
+from eventstore.decider import Decider
 from eventstore.errors import WrongExpectedVersion
 from eventstore.port import ClaimState, Store, Tx, Unit, Verdict
+from eventstore.repository import Loaded, Repository, Step
 from foldbus.backends import BusUrl, StoreUrl, open_store, open_transport
 from foldbus.executing import Executing
 from foldbus.outbox import Inbox, Publisher
+from foldbus.reading import Recorded, read_events, read_stream
 from foldbus.snapshotting import Snapshotter
 from foldbus.staging import Staging, check_kind
 from foldbus.transactions import in_transaction
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("foldbus.client")
 
 R = TypeVar("R")
+S = TypeVar("S")
 Row = TypeVar("Row", bound=BaseModel)
 
 
@@ -80,7 +84,7 @@ class StagedUnit(Staging):
     """What `Connection.unit()` collects; committed when the context ends without an error."""
 
     def unit(self) -> Unit:
-        return Unit(appends=self.appends, outgoing=self.outgoing)
+        return Unit(appends=self.appends, asserts=self.asserts, outgoing=self.outgoing)
 
 
 class Connection:
@@ -200,6 +204,68 @@ class Connection:
             raise Died(message_id, error=f"its claim says {standing.state}")
         return cast("R", self._answer(command, standing.reply, receipt=False))
 
+    async def load(
+        self,
+        decider: Decider[S, Any, Any],
+        key: object,
+        *,
+        at_version: Version | None = None,
+        at: datetime | None = None,
+    ) -> Loaded[S]:
+        """An aggregate as it is committed now, or as it was: see `Repository.load`."""
+        return await self._repository(decider).load(key, at_version=at_version, at=at)
+
+    def history(
+        self,
+        decider: Decider[S, Any, Any],
+        key: object,
+        *,
+        after_version: Version = 0,
+        limit: int | None = None,
+        backward: bool = False,
+    ) -> AsyncGenerator[Step[S]]:
+        """What happened to an aggregate, event by event, with the state after each: see `Repository.history`."""
+        steps = self._repository(decider).history
+        return steps(key, after_version=after_version, limit=limit, backward=backward)
+
+    def read(
+        self,
+        stream: StreamId,
+        *,
+        after: Version = 0,
+        upto: Version | None = None,
+        backward: bool = False,
+        limit: int | None = None,
+    ) -> AsyncGenerator[Recorded]:
+        """The events of one stream (`decider.stream(key)`), read in pages as they are asked for: those with `after` <
+        version <= `upto` (None: as far as it goes when the reading begins), ascending, or `backward` descending. At
+        most `limit` stored ones. Raises UnknownType for an event that this service does not name, StreamArchived."""
+        return read_stream(self, stream, after=after, upto=upto, backward=backward, limit=limit)
+
+    def events(
+        self,
+        *,
+        after: Position = 0,
+        types: Collection[type[Event]] | None = None,
+        categories: Collection[str] | None = None,
+        stream: StreamId | None = None,
+        correlation_id: UUID | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        follow: bool = False,
+    ) -> AsyncGenerator[Recorded]:
+        """The service's log above position `after`, in the order of positions, as far as it goes when the reading
+        begins; with `follow` without end: at the log's end it waits for the next event.
+
+        What is given must all hold (see `Where`), and is asked of the database; `types` None: all events that this
+        service names. A page is read when the last one is used up, so a slow reader holds up nobody. Raises
+        StoreUnavailable: go on with `after=` the last position handled. CheckpointAhead: this log never got there.
+        """
+        return read_events(
+            self, after=after, types=types, categories=categories, stream=stream, correlation_id=correlation_id,
+            since=since, until=until, following=follow,
+        )  # fmt: skip
+
     async def status(self, id: UUID) -> Status:
         """What became of a command of this service, whoever sent it. Standing NEW: it has not been handled (yet)."""
         (standing,) = await self.store.examine(self.service.name, [(id, "")])
@@ -240,6 +306,11 @@ class Connection:
         message_id = id or self.ids.new()
         origin = Origin(self.service.name, message_id, self.clock.now(), correlation_id=message_id)
         return self.service.codec.encode(message, origin, topic=topic, reply_to=reply_to, deadline=deadline)
+
+    def _repository(self, decider: Decider[S, Any, Any]) -> Repository[S, Any, Any]:
+        return Repository(
+            decider, store=self.store, codec=self.service.codec, clock=self.clock, ids=self.ids, metrics=self.metrics
+        )
 
     @property
     def snapshots(self) -> Snapshotter:

@@ -65,9 +65,7 @@ class UnitProcessor:
             consumer=consumer, service=service, store=store, ids=ids, clock=clock, metrics=metrics, max_bytes=max_bytes
         )
         self._before, self._after = f"before-{commit_failpoint}", f"after-{commit_failpoint}"
-        self._states = States(
-            behaviour, store, clock=clock, metrics=metrics, cache_size=cache_size, snapshots=snapshots
-        )
+        self.states = States(behaviour, store, clock=clock, metrics=metrics, cache_size=cache_size, snapshots=snapshots)
 
     def wants(self, type_name: str) -> bool:
         return self._wants(type_name)
@@ -95,7 +93,7 @@ class UnitProcessor:
                 continue
             wanted[work.stream] = wanted.get(work.stream, False) or work.item.examine
         states: dict[StreamId, Known] = {}
-        for stream, found in (await self._states.load(wanted)).items() if wanted else ():
+        for stream, found in (await self.states.load(wanted)).items() if wanted else ():
             if not isinstance(found, Exception):
                 states[stream] = found
                 continue
@@ -184,9 +182,9 @@ class UnitProcessor:
                 ended.add(work.stream)
         for stream, (version, state) in states.items():
             if stream in lost:
-                self._states.lost(stream, before.get(stream))
+                self.states.lost(stream, before.get(stream))
             elif stream not in ended:
-                self._states.won(stream, version, state)
+                self.states.won(stream, version, state)
         if resend:
             await self._store.commit(resend)
         _keep_order(works)
@@ -230,7 +228,7 @@ class UnitProcessor:
         await self._store.commit([], watermarks=self._marks(watermarks))
 
     def forget(self, topics: Collection[tuple[str, int]]) -> None:
-        self._states.forget()  # which stream came by which partition is not kept; a load is cheap
+        self.states.forget()  # which stream came by which partition is not kept; a load is cheap
 
 
 def _keep_order(works: Sequence[Work]) -> None:

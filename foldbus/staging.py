@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
 from bus.codec import check_size
-from bus.envelope import Envelope, StreamId
+from bus.envelope import Envelope, StreamId, Version
 from bus.errors import BadMessageClass
 from bus.messages import Command, Event, Message
 from bus.registry import service_of
@@ -29,6 +29,7 @@ class Staging:
     def __init__(self, service: str, envelope: MakeEnvelope, *, max_bytes: int) -> None:
         self._service, self._envelope, self._max_bytes = service, envelope, max_bytes
         self._appends: dict[StreamId, tuple[ExpectedVersion, list[Envelope]]] = {}
+        self._asserts: dict[StreamId, Version] = {}
         self._outgoing: list[Envelope] = []
 
     def publish(self, event: Event) -> UUID:
@@ -68,6 +69,15 @@ class Staging:
             envelope = self._envelope(event, topic=topic)
             check_size(envelope, self._max_bytes)
             staged.append(envelope)
+
+    def expect(self, decider: Decider[Any, Any, Any], key: object, version: Version) -> None:
+        """For a stream that was only read: the unit is written if it is still at `version` (0: if it does not exist).
+        Else the commit raises WrongExpectedVersion, and nothing of the unit is written."""
+        self._asserts[decider.stream(key)] = version
+
+    @property
+    def asserts(self) -> tuple[tuple[StreamId, Version], ...]:
+        return tuple(self._asserts.items())
 
     @property
     def appends(self) -> tuple[Append, ...]:
