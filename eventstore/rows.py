@@ -148,7 +148,9 @@ class Stored(Envelope):
         return _settled(self).__reduce_ex__(protocol)
 
 
-_Draft: Any = type("Stored", (Stored,), {"__slots__": (), "__setattr__": object.__setattr__})
+_Draft: Any = type(
+    "Stored", (Stored,), {"__slots__": (), "__setattr__": object.__setattr__, "__delattr__": object.__delattr__}
+)
 """May be assigned to (see bus/quick.py); its objects become `Stored` before anybody sees them."""
 
 _COLUMNS = frozenset({"type", "key", "topic", "data", "stream", "version", "position"})
