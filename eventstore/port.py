@@ -441,6 +441,10 @@ class Leases(Protocol):
         """The checkpoint, for lag; 0 when there was never a leader."""
         ...
 
+    async def held(self) -> Mapping[str, float]:
+        """The leases that somebody holds now, by name, and for how many seconds unless they are renewed; for lag."""
+        ...
+
 
 class Leadership(Protocol):
     lease: Lease

@@ -1,4 +1,5 @@
-"""How far a service is behind: its groups, its relay, its read models, its timers; and how much was given up.
+"""How far a service is behind: its groups, its relay, its read models, its timers; how much was given up or waits for a
+person; and whether a worker is there.
 
 Reads store and broker, changes nothing, and needs no worker to run. Figures of different lines are not of one moment.
 """
@@ -16,6 +17,7 @@ from bus.errors import MissingTopics
 from bus.transport import TopicAdmin
 from eventstore.port import Store
 from foldbus.relay import LEASE
+from foldbus.saga_list import saga_list
 from foldbus.views import all_projections, workshop
 from projections import LOG, Checkpoint, Place, Status
 
@@ -67,6 +69,14 @@ class ProjectionLag:
 
 
 @dataclass(frozen=True, slots=True)
+class SagaLag:
+    """Of the list of sagas, as far as that is: how many wait for a person, and how many undo what they did."""
+
+    parked: int = 0
+    undoing: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TimerLag:
     """`overdue_s`: for how long the earliest timer has been due (0: it is not yet)."""
 
@@ -86,6 +96,12 @@ class Lag:
     missing_topics: tuple[str, ...] = field(default=())
     waiting_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     """Groups that join nothing before these topics are there."""
+    worker: bool = False
+    """Does a worker lead the relay at this moment? Each tries to; after a kill its lease runs on for a while."""
+    leases: Mapping[str, float] = field(default_factory=dict[str, float])
+    """What workers lead now, and for how many seconds unless they renew it."""
+    sagas: SagaLag | None = None
+    """None: this service has no sagas."""
 
 
 async def measure(connection: Connection) -> Lag:
@@ -105,6 +121,7 @@ async def measure(connection: Connection) -> Lag:
             waiting[group] = tuple(absent)
     head = await store.head()
     letters, more_letters = await count_dead_letters(store)
+    leases = await store.leases.held()
     return Lag(
         service=connection.service.name,
         groups=tuple(groups),
@@ -115,6 +132,9 @@ async def measure(connection: Connection) -> Lag:
         dead_letters_more=more_letters,
         missing_topics=tuple(sorted(missing)),
         waiting_groups=waiting,
+        worker=LEASE in leases,
+        leases={name: round(left, 3) for name, left in leases.items()},
+        sagas=await _sagas(connection) if connection.service.sagas else None,
     )
 
 
@@ -178,6 +198,15 @@ async def _projection(connection: Connection, projection: Any, head: int, ends: 
         behind=behind,
         building=any(one.status is Status.BUILDING for one in found),
         missing_topics=tuple(sorted(missing)),
+    )
+
+
+async def _sagas(connection: Connection) -> SagaLag:
+    rows = workshop(connection, saga_list).rows
+    if not any(one.status is Status.SERVING for one in await rows.generations()):
+        return SagaLag()  # no worker has run it, and looking makes nothing
+    return SagaLag(
+        parked=await rows.count(where={"status": "parked"}), undoing=await rows.count(where={"status": "compensating"})
     )
 
 

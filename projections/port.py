@@ -188,7 +188,9 @@ class Rows(Protocol[Row]):
         """Rows above key `after`, by key in the order of UTF-8 bytes."""
         ...
 
-    async def count(self) -> int: ...
+    async def count(self, *, where: Mapping[str, str] | None = None) -> int:
+        """All rows, or those whose columns of text hold these values. Raises KeyError where there is no such column."""
+        ...
 
     async def snapshot(self) -> Snapshot[Row]:
         """Holds all rows in memory: for `verify`."""

@@ -7,10 +7,11 @@ live changes nothing when it comes back.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 from bus.envelope import Position
 from bus.errors import Fenced
@@ -57,6 +58,9 @@ class PostgresLeases:
         self._mark = f"""
             update {schema}.leases set position = $4 where name = $1 and token = $2 and position = $3
             returning token"""
+        self._held = f"""
+            select json_object_agg(name, extract(epoch from until - clock_timestamp()))::text as held
+              from {schema}.leases where until > clock_timestamp()"""
         self._found = f"select token, position from {schema}.leases where name = $1"
 
     @asynccontextmanager
@@ -112,6 +116,11 @@ class PostgresLeases:
             raise Fenced(
                 f"mark of {lease.name} from {old} to {new} with token {lease.token}: found {stored}; nothing changed"
             )
+
+    async def held(self) -> Mapping[str, float]:
+        found = await self._row(self._held)
+        held = None if found is None else found["held"]
+        return {} if held is None else cast("dict[str, float]", json.loads(held))
 
     async def position(self, name: str) -> Position:
         found = await self._row(self._found, name)

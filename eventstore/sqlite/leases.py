@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from bus.envelope import Position
@@ -148,6 +148,15 @@ class SqliteLeases:
                 f"lease {lease.name}: found token {found[0]} at position {found[1]}, wanted token {lease.token} at "
                 f"position {old}; nothing was marked"
             )
+
+    async def held(self) -> Mapping[str, float]:
+        now = rows.micros(self._clock.now())
+
+        def look(connection: sqlite3.Connection) -> dict[str, float]:
+            found = connection.execute("SELECT name, until FROM foldbus_leases WHERE until > ? ORDER BY name", (now,))
+            return {name: (until - now) / 1_000_000 for name, until in found}
+
+        return await self._database.read(look)
 
     async def position(self, name: str) -> Position:
         def look(connection: sqlite3.Connection) -> Position:

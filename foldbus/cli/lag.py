@@ -26,7 +26,7 @@ def lag(
     everything: Annotated[bool, typer.Option("--all", help="Also partitions that are not behind")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Consumer groups, relay, read models, timers and dead letters of a service, whether or not a worker runs."""
+    """Whether a worker runs; groups, relay, read models, sagas, timers and dead letters. Needs none to run."""
     found = finish(_measure(load_service(service), settings(store, bus)))
     if as_json:
         print_json(asdict(found))
@@ -56,6 +56,7 @@ def _show(found: Lag, everything: bool) -> None:
     if timers.overdue_s:
         late += f", overdue by {timers.overdue_s:.1f} s"
     lines: list[tuple[object, ...]] = [
+        ("worker", "one leads" if found.worker else "none leads: is one running (foldbus run)?"),
         ("groups", f"{sum(one.behind for one in found.groups)} behind"),
         *((f"group {group}", f"waits for topic {', '.join(topics)}") for group, topics in found.waiting_groups.items()),
         ("relay", f"{_count(relay.waiting, relay.waiting_more)} not published{oldest}"),
@@ -65,6 +66,8 @@ def _show(found: Lag, everything: bool) -> None:
         building = ", the next one is being built" if one.building else ""
         waits = f"; waits for topic {', '.join(one.missing_topics)}" if one.missing_topics else ""
         lines.append((f"projection {one.name}", f"{one.behind} behind, {where}{building}{waits}"))
+    if found.sagas is not None:
+        lines.append(("sagas", f"{found.sagas.parked} parked, {found.sagas.undoing} undoing"))
     lines += [("timers", late), ("dead letters", _count(found.dead_letters, found.dead_letters_more))]
     print_columns(("", "state"), lines)
 

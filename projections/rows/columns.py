@@ -78,6 +78,10 @@ class Columns(Generic[Row]):
         self._encoders = tuple((column.name, column.encode, column.decode) for column in self.columns)
         self._validate = model.__pydantic_validator__.validate_python
 
+    def named(self, name: str) -> str:
+        """Raises KeyError when there is no such column."""
+        return self._by_name[name].name
+
     def encode(self, row: Row) -> tuple[Any, ...]:
         """The values of all columns, as PostgreSQL takes them. Raises BadRow."""
         if type(row) is not self.model:

@@ -218,10 +218,14 @@ class PostgresRows(Generic[Row]):
             found = await connection.fetch(f"SELECT * FROM {self._view} {where} ORDER BY key LIMIT $1", *parameters)
         return [self._pair(record) for record in found]
 
-    async def count(self) -> int:
+    async def count(self, *, where: Mapping[str, str] | None = None) -> int:
         await self._ready()
+        names = [quoted(self.columns.named(name)) for name in where or {}]
+        condition = " AND ".join(f"{name} = ${nth}" for nth, name in enumerate(names, start=1)) or "true"
         async with self._connection() as connection:
-            found: int = await connection.fetchval(f"SELECT count(*) FROM {self._view}")
+            found: int = await connection.fetchval(
+                f"SELECT count(*) FROM {self._view} WHERE {condition}", *(where or {}).values()
+            )
         return found
 
     async def snapshot(self) -> Snapshot[Row]:

@@ -173,10 +173,11 @@ class SqliteRows(Generic[Row]):
         where = "" if after is None else "WHERE key > ?"
         return await self._select(f"{where} ORDER BY key LIMIT ?", (limit,) if after is None else (after, limit))
 
-    async def count(self) -> int:
+    async def count(self, *, where: Mapping[str, str] | None = None) -> int:
         await self._ready()
-        sql = f"SELECT count(*) FROM {quoted(self._view)}"
-        found: int = await self._db.read(lambda connection: connection.execute(sql).fetchone()[0])
+        condition = " AND ".join(f"{quoted(self.columns.named(name))} = ?" for name in where or {}) or "1"
+        sql, values = f"SELECT count(*) FROM {quoted(self._view)} WHERE {condition}", tuple((where or {}).values())
+        found: int = await self._db.read(lambda connection: connection.execute(sql, values).fetchone()[0])
         return found
 
     async def snapshot(self) -> Snapshot[Row]:

@@ -52,6 +52,18 @@ async def test_one_leads_while_the_other_waits_and_follows_at_once_when_the_firs
         assert follower.lease.token > leader.lease.token
 
 
+async def test_what_is_held_now_is_told_with_the_time_that_is_left(store: Store, twin: Store) -> None:
+    assert await twin.leases.held() == {}
+    async with store.leases.lead("relay", ttl_s=60):
+        async with store.leases.lead("else", ttl_s=30):
+            held = await twin.leases.held()
+            assert held.keys() == {"relay", "else"}
+            assert 30 < held["relay"] <= 60
+            assert 0 < held["else"] <= 30
+        assert (await twin.leases.held()).keys() == {"relay"}
+    assert await twin.leases.held() == {}
+
+
 async def test_two_of_one_store_do_not_lead_at_once_either_but_two_names_do(store: Store) -> None:
     async with store.leases.lead("relay"):
         async with asyncio.timeout(10), store.leases.lead("else"):

@@ -91,6 +91,11 @@ def everything(**changes: Any) -> Everything:
     return plain.model_copy(update=changes)
 
 
+class Tagged(BaseModel, frozen=True):
+    tag: Literal["a", "b", "A", "'; drop"]
+    other: str
+
+
 def projection_of(row: type[BaseModel], name: str = "thing", version: int = 1) -> Projection[Any]:
     return Projection(name, version, lambda row, event: row, row, (Placed,), lambda event: event.key)
 
@@ -132,6 +137,19 @@ async def test_reading_before_anything_ran_finds_nothing(store: Any) -> None:
     assert await rows.get("a") is None
     assert await rows_for(store, customers_v2).count() == 0
     assert (await rows.serving()).number == 1
+
+
+async def test_rows_are_counted_by_what_their_columns_of_text_hold(store: Any) -> None:
+    rows = rows_for(store, projection_of(Tagged))
+    await rows.serving()
+    found = {str(n): Tagged(tag=tag, other="x") for n, tag in enumerate(("a", "b", "a", "'; drop", "A"))}
+    await saved(rows, found)
+    assert await rows.count() == 5
+    assert [await rows.count(where={"tag": tag}) for tag in ("a", "b", "'; drop", "c")] == [2, 1, 1, 0]
+    assert await rows.count(where={"tag": "a", "other": "x"}) == 2
+    assert await rows.count(where={"tag": "a", "other": "y"}) == 0
+    with pytest.raises(KeyError):
+        await rows.count(where={"tag = tag or tag": "a"})
 
 
 async def test_keys_are_any_text_and_pages_follow_their_bytes(store: Any) -> None:
