@@ -17,9 +17,11 @@ from foldbus.progress import Progress
 from foldbus.service import Service
 from foldbus.settings import Settings
 from foldbus.views import View, all_projections, workshop
-from projections import Projection, RebuildStopped, Verified
+from projections import Difference, Projection, RebuildStopped, Verified
 
 projection = typer.Typer(no_args_is_help=True, help="Read models and their generations.")
+
+_SHOWN = 10
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The projection's name")]
 
@@ -116,7 +118,7 @@ def verify(
 
     found = finish(run())
     if as_json:
-        shown = [
+        differences = [
             {
                 "key": one.key,
                 "stored": None if one.stored is None else one.stored.model_dump(mode="json"),
@@ -127,14 +129,27 @@ def verify(
         print_json(
             {
                 "projection": name, "generation": found.generation, "rows": found.rows, "events": found.events,
-                "failures": found.failures, "different": found.different, "differences": shown,
+                "failures": found.failures, "different": found.different, "differences": differences,
             }
         )  # fmt: skip
     else:
-        print_columns(("key", "stored", "folded"), [(one.key, one.stored, one.folded) for one in found.differences])
+        shown = found.differences[:_SHOWN]
+        print_columns(("key", "column", "stored", "folded"), [line for one in shown for line in _difference(one)])
+        if found.different > len(shown):
+            say(f"{found.different - len(shown)} rows more are different; --json has the first hundred")
         say(f"{name}: {found.rows} rows of {found.events} events, {found.different} different")
     if not found.ok:
         raise SystemExit(WRONG)
+
+
+def _difference(one: Difference[Any]) -> list[tuple[object, ...]]:
+    """A line for each column that differs, or one for a row that only one side has."""
+    if one.stored is None or one.folded is None:
+        return [
+            (one.key, "(row)", "none" if one.stored is None else "there", "none" if one.folded is None else "there")
+        ]
+    stored, folded = one.stored.model_dump(mode="json"), one.folded.model_dump(mode="json")
+    return [(one.key, name, stored[name], folded[name]) for name in stored if stored[name] != folded[name]]
 
 
 async def rebuilt(service: Service, chosen: Settings, name: str, *, skip_failures: bool = False) -> int | None:

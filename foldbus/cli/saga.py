@@ -31,12 +31,29 @@ from sagas.instance import label
 
 saga = typer.Typer(no_args_is_help=True, help="Sagas: what they are at, and what to tell them.")
 
-SagaId = Annotated[UUID, typer.Argument(metavar="ID", help="As `saga list` shows it")]
+SagaId = Annotated[
+    str, typer.Argument(metavar="ID", help="As `saga list` shows it, its beginning, or the key of the start event")
+]
 Patience = Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait for an answer")]
+
+
+_CANDIDATES = 10
+_LIST_S = 5.0
+"""How long to wait for the list to be up to date where it only helps to find a saga."""
+_HEX = frozenset("0123456789abcdef-")
 
 
 class UnknownSaga(FoldbusError):
     """No saga of this service has that id."""
+
+
+class AmbiguousSaga(FoldbusError):
+    """Several sagas may be meant."""
+
+    def __init__(self, text: str, rows: Sequence[SagaRow]) -> None:
+        lines = [f"  {row.saga_id}  {row.definition} v{row.version}  {row.status}  {row.start_key}" for row in rows]
+        more = ["  …"] if len(lines) > _CANDIDATES else []
+        super().__init__("\n".join([f"{text!r} may be any of these sagas:", *lines[:_CANDIDATES], *more]))
 
 
 def add_to(app: typer.Typer) -> None:
@@ -125,23 +142,28 @@ def cancel(
     _tell(service, settings(store, bus), id, timeout, as_json, cancel=True)
 
 
-def _tell(path: str, chosen: Settings, id: UUID, timeout: float, as_json: bool, *, cancel: bool) -> None:
+def _tell(path: str, chosen: Settings, id: str, timeout: float, as_json: bool, *, cancel: bool) -> None:
     service = load_service(path)
-    refused = finish(
+    saga_id, refused = finish(
         _send(service, chosen, id, timeout, cancel=cancel), hint="it may have been told all the same, see `saga show`"
     )
     if as_json:
-        print_json({"saga": str(id), "done": refused is None, "refused": None if refused is None else refused.message})
+        print_json(
+            {"saga": str(saga_id), "done": refused is None, "refused": None if refused is None else refused.message}
+        )
     elif refused is None:
-        say(f"saga {id} was {'cancelled' if cancel else 'retried'}")
+        say(f"saga {saga_id} was {'cancelled' if cancel else 'retried'}")
     if refused is not None:
         say(f"foldbus: {refused.message}")
         raise SystemExit(WRONG)
 
 
-async def _send(service: Service, chosen: Settings, id: UUID, timeout: float, *, cancel: bool) -> Refused | None:
+async def _send(
+    service: Service, chosen: Settings, text: str, timeout: float, *, cancel: bool
+) -> tuple[UUID, Refused | None]:
     async with attached(service, chosen) as connection:
-        definition = describe(await _load(connection, id)).definition
+        found = describe(await _load(connection, text))
+        id, definition = UUID(found.id), found.definition
         by = getpass.getuser()
         command: Command[None] = (
             CancelSaga(saga_id=id, definition=definition, by=by)
@@ -151,17 +173,52 @@ async def _send(service: Service, chosen: Settings, id: UUID, timeout: float, *,
         try:
             await connection.request(command, timeout_s=timeout, topic=f"{service.name}.replies")
         except Refused as refused:
-            return refused
-    return None
+            return id, refused
+    return id, None
 
 
-async def _history(service: Service, chosen: Settings, id: UUID) -> list[Envelope]:
+async def _history(service: Service, chosen: Settings, text: str) -> list[Envelope]:
     async with attached(service, chosen) as connection:
-        return await _load(connection, id)
+        return await _load(connection, text)
 
 
-async def _load(connection: Connection, id: UUID) -> list[Envelope]:
-    """The instance's stream, whichever of the service's sagas it is of; the list knows those of code that is gone."""
+async def _load(connection: Connection, text: str) -> list[Envelope]:
+    """The stream of the one saga that is meant: by its id, by the beginning of it, or by the key that started it."""
+    try:
+        found = await _stream(connection, UUID(text))
+    except ValueError:
+        found = []
+    if not found:
+        found = await _stream(connection, await _meant(connection, text))
+    return found
+
+
+async def _meant(connection: Connection, text: str) -> UUID:
+    """From the list, brought up to date as far as that is quick. Raises UnknownSaga and AmbiguousSaga."""
+    service = connection.service
+    candidates: dict[UUID, SagaRow] = {}
+    late = None
+    if service.sagas:
+        late = await _catch_up(connection, _LIST_S)
+        begins = text.lower() if text and _HEX.issuperset(text.lower()) else None
+        async for key, row in connection.view(saga_list).rows():
+            if row.start_key == text or (begins is not None and key.startswith(begins)):
+                candidates[row.saga_id] = row
+                if len(candidates) > _CANDIDATES:
+                    break
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    if candidates:
+        raise AmbiguousSaga(text, list(candidates.values()))
+    names = ", ".join(sorted({one.name for one in service.sagas})) or "none"
+    raise UnknownSaga(
+        f"service {service.name!r} has no saga {text}, by id, beginning of an id or key of a start event; looked among "
+        f"{names}" + (f"; the list is not up to date: {late}" if late else "")
+    )
+
+
+async def _stream(connection: Connection, id: UUID) -> list[Envelope]:
+    """Whichever of the service's sagas it is of; the list knows those of code that is gone. Empty: there is none."""
     names = {one.name for one in connection.service.sagas}
     found = await connection.store.load([Wanted(saga_stream(name, id)) for name in sorted(names)])
     for part in found:
@@ -172,9 +229,7 @@ async def _load(connection: Connection, id: UUID) -> list[Envelope]:
         (part,) = await connection.store.load([Wanted(saga_stream(row.definition, id))])
         if part.records:
             return list(part.records)
-    raise UnknownSaga(
-        f"service {connection.service.name!r} has no saga {id}; looked among {', '.join(sorted(names)) or 'none'}"
-    )
+    return []
 
 
 async def _list(

@@ -234,6 +234,27 @@ class TestLag:
         assert elsewhere["timers"] == {"next_due": None, "overdue_s": 0.0}
 
 
+def test_lag_tells_whether_a_worker_leads_and_which_sagas_want_a_person(desk: Desk) -> None:
+    with_elsewhere(desk)
+    found = desk.cli("lag", "--json").data
+    assert (found["worker"], found["leases"], found["sagas"]) == (False, {}, {"parked": 0, "undoing": 0})
+    assert "none leads: is one running" in desk.cli("lag").out
+    desk.open(1, 7, 13, 14)
+    with desk.working():
+        eventually(lambda: _sagas(desk), {"t1": "completed", "t7": "running", "t13": "parked", "t14": "completed"})
+        found = desk.cli("lag", "--json").data
+        assert found["worker"] is True
+        assert found["leases"].keys() == {"relay", "projection:tickets:1:0", "projection:foldbus-sagas:1:0"}
+        assert found["sagas"] == {"parked": 1, "undoing": 0}
+        shown = desk.cli("lag").out
+        assert re.search(r"^worker +one leads$", shown, re.MULTILINE)
+        assert re.search(r"^sagas +1 parked, 0 undoing$", shown, re.MULTILINE)
+    assert desk.cli("lag", "--json").data["worker"] is False
+    desk.module.app = Service("plain", deciders=[])
+    assert desk.cli("db upgrade").code == 0
+    assert desk.cli("lag", "--json").data["sagas"] is None
+
+
 def test_lag_shows_what_waits_for_a_topic_of_another_service(desk: Desk) -> None:
     desk.module.app = Service("watch", sagas=[desk.module.tidy], projections=[desk.module.tickets])
 
@@ -329,6 +350,44 @@ class TestSagas:
         assert said.code == 2
         assert "tidy" in said.err
 
+    def test_are_named_by_the_beginning_of_an_id_or_the_key_that_started_them(self, desk: Desk) -> None:
+        desk.open(1, 2, 13)
+        with desk.working():
+            eventually(lambda: _sagas(desk), {"t1": "completed", "t2": "completed", "t13": "parked"})
+        listed = {one["start_key"]: one["saga_id"] for one in desk.cli("saga list", "--json").data["sagas"]}
+        others = [id for key, id in listed.items() if key != "t13"]
+        length = next(n for n in range(1, 37) if not any(id.startswith(listed["t13"][:n]) for id in others))
+        for text in (listed["t13"], listed["t13"].upper(), listed["t13"][:length], "t13"):
+            assert desk.cli("saga show", text, "--json").data["id"] == listed["t13"], text
+        desk.module.BROKEN = False
+        with desk.working():
+            assert desk.cli("saga retry", "t13", "--json").data["saga"] == listed["t13"]
+        said = desk.cli("saga show", "t")
+        assert (said.code, said.out) == (2, "")
+        assert "has no saga t, by id, beginning of an id or key" in said.err
+
+    def test_that_may_be_meant_alike_are_all_named(self, desk: Desk) -> None:
+        twice = type(desk.module.tidy)
+        desk.module.app = Service(
+            "desk",
+            deciders=desk.service.deciders,
+            sagas=[desk.module.tidy, twice("again", 1, desk.module.Opened, desk.module.tidy.body)],
+        )
+        desk.open(1)
+        with desk.working():
+            eventually(lambda: len(desk.cli("saga list", "--status", "completed", "--json").data["sagas"]), 2)
+        said = desk.cli("saga show", "t1")
+        assert said.code == 2
+        heading, *lines = said.err.splitlines()
+        assert heading == "foldbus: 't1' may be any of these sagas:"
+        assert {line.split()[0] for line in lines} == {
+            one["saga_id"] for one in desk.cli("saga list", "--json").data["sagas"]
+        }
+        assert {tuple(line.split()[1:]) for line in lines} == {
+            ("tidy", "v1", "completed", "t1"),
+            ("again", "v1", "completed", "t1"),
+        }
+
     def test_told_while_no_worker_runs_are_an_unknown_outcome(self, desk: Desk) -> None:
         desk.open(13)
         with desk.working():
@@ -372,6 +431,22 @@ class TestProjections:
         assert (said.code, said.data["different"]) == (1, 1)
         (difference,) = said.data["differences"]
         assert (difference["key"], difference["stored"]["number"], difference["folded"]["number"]) == ("t1", 5, 1)
+
+    def test_that_differ_widely_are_shown_as_a_few_columns_and_a_count(self, desk: Desk, tmp_path: Path) -> None:
+        desk.open(*range(20, 35), 666_000)
+        assert desk.cli("projection rebuild", "tickets").code == 0
+        with sqlite3.connect(tmp_path / "data" / "desk.db") as file:
+            file.execute("UPDATE projection_tickets_g2 SET number = number + 1000 WHERE key <> 't666000'")
+            file.execute("DELETE FROM projection_tickets_g2 WHERE key = 't20'")
+        file.close()
+        said = desk.cli("projection verify", "tickets")
+        assert said.code == 1
+        head, first, second, *more = [line.split() for line in said.out.splitlines()]
+        assert head == ["key", "column", "stored", "folded"]
+        assert (first, second) == (["t20", "(row)", "none", "there"], ["t21", "number", "1021", "21"])
+        assert len(more) == 8
+        assert "5 rows more are different" in said.err
+        assert "15 different" in said.err.splitlines()[-1]
 
     def test_of_the_framework_cannot_be_named_by_users(self, desk: Desk) -> None:
         from foldbus import BadService, Service
