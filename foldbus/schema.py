@@ -224,11 +224,7 @@ def _sent(name: str, was: Document, now: Document) -> list[Change]:
         return _merged(found)
     replied = findings(after["schema"], before["schema"], writes_all=True)
     answers = [_of(name, "reply", one, *_ANSWERED[one.what], turned=True) for one in replied]
-    seen = {one.field for one in answers}
-    for one in findings(before["schema"], after["schema"]):
-        change = _of(name, "reply", one, *_REPEATED[one.what])
-        if change.field not in seen:
-            answers.append(change)
+    answers += [_of(name, "reply", one, *_REPEATED[one.what]) for one in findings(before["schema"], after["schema"])]
     return _merged([*found, *answers])
 
 
@@ -355,5 +351,8 @@ _STALE = "an answer that was stored before is given again to whoever repeats the
 _REPEATED: Mapping[str, tuple[Level, str, str]] = {
     "unread": ("note", "callers with the old class do without it", ""),
     "default": ("note", "the answer always says it", ""),
-    **dict.fromkeys(("missing", "refused", "type", "value", "bound", "form"), ("warning", _STALE, "")),
+    **dict.fromkeys(
+        ("missing", "refused", "type", "value", "bound", "form"),
+        ("warning", _STALE, "let the reply's class take both (a default, a union); or {new_version}"),
+    ),
 }

@@ -309,7 +309,8 @@ def reply(**fields: Any) -> Any:
     [
         (reply(n=(int, ...)), reply(), [(BREAKING, "reply.n")]),
         (reply(n=(int, ...)), reply(n=(int, 0)), []),
-        (reply(n=(int, ...)), reply(n=(int, ...), m=(int, ...)), [(NOTE, "reply.m")]),
+        (reply(n=(int, ...)), reply(n=(int, ...), m=(int, ...)), [(WARNING, "reply.m")]),
+        (reply(n=(int, ...)), reply(n=(int, ...), m=(int, 0)), [(NOTE, "reply.m")]),
         (reply(n=(int, ...)), reply(n=(int | str, ...)), [(BREAKING, "reply.n")]),
         (reply(n=(int | str, ...)), reply(n=(int, ...)), [(WARNING, "reply.n")]),
         (reply(s=(Literal["a"], ...)), reply(s=(Literal["a", "b"], ...)), [(WARNING, "reply.s")]),
