@@ -59,6 +59,7 @@ from eventstore.repository import Appended, Loaded, Repository, Step  # noqa: E4
 from eventstore.snapshots import Snapshots  # noqa: E402
 from foldbus.connection import Connection, Receipt, Status, token_of  # noqa: E402
 from foldbus.handlers import BadAnswer, BadHandler, Context, Handler, ThreadContext  # noqa: E402
+from foldbus.reading import Recorded  # noqa: E402
 from foldbus.service import BadService, Service  # noqa: E402
 from foldbus.transactions import BadTransaction  # noqa: E402
 from foldbus.worker import Worker, WorkerSettings  # noqa: E402
@@ -122,11 +123,13 @@ __all__ = [
     "Query",
     "RebuildStopped",
     "Receipt",
+    "Recorded",
     "Refused",
     "Repository",
     "SagaDefinition",
     "SagaRun",
     "Service",
+    "Snapshots",
     "Status",
     "Step",
     "StepCancelled",
@@ -137,6 +140,7 @@ __all__ = [
     "StoreUnavailable",
     "StreamArchived",
     "StreamId",
+    "StreamTruncated",
     "ThreadContext",
     "Token",
     "TokenElsewhere",

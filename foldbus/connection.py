@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from bus.codec import died_error
 from bus.envelope import Envelope, Origin, Position, ReplyOutcome, ReplyTo, StreamId, Token, Version
 from bus.errors import Cancelled, Died, NobodyDecides, OutcomeUnknown, TransportUnavailable
-from bus.messages import Command, Message, Refused
+from bus.messages import Command, Event, Message, Refused
 from bus.metrics import MemoryMetrics, Metrics
 from bus.processing import Item
 from bus.seams import Clock, Failpoint, Ids, NoFailpoints, SystemClock, Uuid7Ids
