@@ -11,17 +11,17 @@ import pytest
 
 from tests.eventstore.stores import Backend
 
-FEW, MANY = 30_000, 90_000
+FEW, MANY = 20_000, 60_000
 LIMIT_MIB = 200
 GROWTH_MIB = 30
-"""Caches of the drivers and of the database's pages fill up until then; 60,000 events held at once are 90 MiB."""
+"""Caches of the drivers and of the database's pages fill up until then; 40,000 events held at once are 60 MiB."""
 
 
 @pytest.mark.timeout(240)
 async def test_reading_a_log_and_rebuilding_an_aggregate_needs_no_more_memory_for_more_events(
     unmigrated: Backend, tmp_path: Path
 ) -> None:
-    """In a process of its own, whose highest resident size says what it ever held. A million: `make bench`."""
+    """In a process of its own, whose highest resident size says what it ever held. A million: `benchmarks/memory.py`."""
     store = f"sqlite:{tmp_path}" if unmigrated.name == "sqlite" else unmigrated.where
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks.memory", "--store", store, "--events", str(FEW), str(MANY)),
