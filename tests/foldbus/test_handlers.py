@@ -365,16 +365,19 @@ class TestTwoWorkers:
         assert await answers(store) == [(one.envelope.id, "ok")] * 2
 
     async def test_cannot_be_fooled_by_a_handler_that_catches_everything(self, store: Store) -> None:
+        fooled: list[Exception] = []
+
         async def catching(command: Pay, ctx: Context) -> Paid:
             try:
                 return await pay(command, ctx)
-            except Exception:
+            except Exception as error:
+                fooled.append(error)
                 return Paid(account=command.account, cents=0, balance=0)
 
         one = item(Pay(account="a", cents=5))
         for _ in range(2):
             await settle(command_processor(connection(store, catching)), replace(one))
-        assert await balance(store) == 5
+        assert (fooled, await balance(store)) == ([], 5)
         assert [record.type for record in await whole_log(store)].count("shop.paid.v1") == 1
 
 
