@@ -25,9 +25,13 @@ def positions_in(document: str) -> tuple[Position, Position]:
 
 
 def with_positions(document: str, last_event: Position, last_public: Position) -> str:
-    """The document with these in its token. One without a token, or with them already, stays to the byte."""
-    found = from_json(document)
-    token: list[Any] | None = found.get("token")
+    """The document with these in its token. One without a token, or with them already, stays to the byte, and so does
+    what is no document at all: it is not for an export to judge."""
+    try:
+        found = from_json(document)
+        token: list[Any] | None = found.get("token")
+    except (ValueError, AttributeError):
+        return document
     if token is None or (token[_POSITION], token[_PUBLIC]) == (last_event, last_public):
         return document
     token[_POSITION], token[_PUBLIC] = last_event, last_public

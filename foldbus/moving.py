@@ -9,7 +9,6 @@ from typing import BinaryIO
 
 from eventstore.export import (
     Header,
-    Source,
     StoreInUse,
     Target,
     Told,
@@ -18,6 +17,7 @@ from eventstore.export import (
     export_to,
     import_lines,
 )
+from eventstore.verify import Examined
 from foldbus.backends import StoreUrl
 
 
@@ -29,7 +29,7 @@ async def export_store(
     Raises StoreInUse while a worker leads (`online` takes a copy all the same), BadExport when the file is of something
     else, SchemaMismatch.
     """
-    async with _source(url, service, online=online) as source:
+    async with open_source(url, service, online=online) as source:
         if isinstance(to, Path):
             return await export_file(source, to, told=told)
         return await export_to(source, to, told=told)
@@ -50,7 +50,8 @@ async def import_store(url: str, service: str, given: Path | BinaryIO, *, told: 
 
 
 @asynccontextmanager
-async def _source(url: str, service: str, *, online: bool) -> AsyncGenerator[Source]:
+async def open_source(url: str, service: str, *, online: bool) -> AsyncGenerator[Examined]:
+    """One state of the store. Raises StoreInUse, unless `online`, and SchemaMismatch."""
     parsed = StoreUrl.parse(url)
     if parsed.embedded:
         from eventstore.sqlite import moving as sqlite
@@ -79,4 +80,4 @@ async def _target(url: str, service: str) -> AsyncGenerator[Target]:
             yield opened
 
 
-__all__ = ["StoreInUse", "export_store", "import_store"]
+__all__ = ["StoreInUse", "export_store", "import_store", "open_source"]

@@ -102,6 +102,29 @@ _COPY: Mapping[str, tuple[str, ...]] = {
 }
 _REPLIES = ("consumer", "message_id", "document", "data", "last_event", "last_public")
 
+_OK = """(c.state = 1 and (r.document is null or position('"outcome":"' in r.document) = 0
+            or position('"outcome":"ok"' in r.document) > 0))"""
+RELATIONS: Mapping[str, str] = {
+    "ev": "select category, stream as id, version, position from {schema}.events",
+    "ar": "select category, stream as id, version, position from {schema}.archived",
+    "st": "select category, id, version, (archived_at is not null)::int as archived from {schema}.streams",
+    "sn": "select category, id, version, truncated_upto as truncated from {schema}.snapshots",
+    "ou": "select position from {schema}.outgoing",
+    "le": "select name, token, position from {schema}.leases",
+    "cl": f"""select c.consumer, c.message_id::text as message,
+        case c.state when 1 then 'done' when 2 then 'dead' when 3 then 'cancelled' else 'in state ' || c.state end
+        || case when c.effect <> {_OK} then ' (another effect)' else '' end as state,
+        c.effect::int as effect, (r.document is not null)::int as reply
+        from {{schema}}.claims c left join {{schema}}.replies r using (consumer, message_id)""",
+    "re": """select r.consumer, r.message_id::text as message, (c.state is not null)::int as claimed,
+        r.last_event, r.last_public
+        from {schema}.replies r left join {schema}.claims c using (consumer, message_id)""",
+    "wm": 'select "group" as of_group, topic, partition as part, "offset" as next from {schema}.watermarks',
+    "lg": "select l.epoch, (select last_value from {schema}.position) as head from {schema}.log l",
+}
+"""See `eventstore/verify.py`."""
+_WITH = "with " + ", ".join(f"{name} as ({sql})" for name, sql in RELATIONS.items())
+
 Convert = Callable[[Row], Row]
 
 
@@ -139,6 +162,15 @@ class PostgresSource:
                 batch, size = [], 0
         if batch:
             yield batch
+
+    async def ask(self, sql: str, *, limit: int) -> tuple[int, Sequence[str]]:
+        count = 0
+        found: list[str] = []
+        async for (text,) in self._db.cursor(f"{_WITH} {sql}".replace("{schema}", self._schema), prefetch=BATCH_ROWS):
+            count += 1
+            if len(found) < limit:
+                found.append(text)
+        return count, found
 
 
 @asynccontextmanager
@@ -257,7 +289,7 @@ def _claim(row: Row) -> Row:
     consumer, id, key, state, taken_at, document, data, last_event, last_public = row
     if document is not None:
         document = documents.with_positions(document, last_event, last_public)
-    return (consumer, id.hex, key, str(STATES[state]), rows.micros(taken_at), document, data)
+    return (consumer, id.hex, key, str(STATES.get(state, f"in state {state}")), rows.micros(taken_at), document, data)
 
 
 def _instants_at(*places: int) -> Convert:

@@ -98,6 +98,32 @@ _INSERT: Mapping[str, str] = {
 }
 
 
+_ODD_REPLY = """
+    case when (reply is null) <> (reply_data is null) then ' (half a reply)'
+         when reply is not null and outcome is not null and instr(reply, '"outcome":"' || outcome || '"') = 0
+              then ' (another outcome)' else '' end"""
+RELATIONS: Mapping[str, str] = {
+    "ev": "select s.category, s.id, e.version, e.position "
+    "from foldbus_events e left join foldbus_streams s on s.number = e.stream",
+    "ar": "select s.category, s.id, e.version, e.position "
+    "from foldbus_archived e left join foldbus_streams s on s.number = e.stream",
+    "st": "select category, id, version, archived_at is not null as archived from foldbus_streams",
+    "sn": "select category, id, version, truncated_upto as truncated from foldbus_snapshots",
+    "ou": "select position from foldbus_outgoing",
+    "le": "select name, token, position from foldbus_leases",
+    "cl": f"select consumer, lower(hex(message_id)) as message, state || {_ODD_REPLY} as state, null as effect, "
+    "reply is not null as reply from foldbus_claims",
+    "re": "select consumer, lower(hex(message_id)) as message, 1 as claimed, "
+    "coalesce(json_extract(reply, '$.token[3]'), 0) as last_event, "
+    "coalesce(json_extract(reply, '$.token[4]'), 0) as last_public "
+    "from foldbus_claims where reply is not null and json_valid(reply)",
+    "wm": 'select consumer_group as of_group, topic, partition as part, next_offset as "next" from foldbus_watermarks',
+    "lg": "select epoch, head from foldbus_log",
+}
+"""See `eventstore/verify.py`."""
+_WITH = "with " + ", ".join(f"{name} as ({sql})" for name, sql in RELATIONS.items())
+
+
 class _Thread:
     """One connection that never leaves its thread's queue."""
 
@@ -152,6 +178,18 @@ class SqliteSource:
             if at is not None:
                 batch = [(*row[:at], row[at].hex(), *row[at + 1 :]) for row in batch]
             yield batch
+
+    async def ask(self, sql: str, *, limit: int) -> tuple[int, Sequence[str]]:
+        def look(connection: sqlite3.Connection) -> tuple[int, Sequence[str]]:
+            count = 0
+            found: list[str] = []
+            for (text,) in connection.execute(f"{_WITH} {sql}"):
+                count += 1
+                if len(found) < limit:
+                    found.append(text)
+            return count, found
+
+        return await self._thread.run(look)
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -10,10 +11,11 @@ import typer
 
 from eventstore.export import Header
 from foldbus.cli.loading import JsonOption, StoreOption, UnusedBus, load_service, settings
-from foldbus.cli.running import finish
-from foldbus.cli.showing import print_json, say
+from foldbus.cli.running import WRONG, finish
+from foldbus.cli.showing import print_columns, print_json, say
 from foldbus.moving import export_store, import_store
 from foldbus.progress import Progress
+from foldbus.verifying import Verified, verify_store
 
 store = typer.Typer(no_args_is_help=True, help="Care of a service's store.")
 
@@ -80,6 +82,50 @@ def import_(
             return await import_store(url, name, given, told=lambda done, total: progress.at(done, total=total))
 
     _show(finish(run(), hint=_AGAIN), as_json, "imported")
+
+
+@store.command("verify")
+def verify(
+    service: ServiceArgument,
+    full: Annotated[
+        bool, typer.Option("--full/--sample", help="Read every document and compare every snapshot, or some")
+    ] = False,
+    store: StoreOption = None,
+    bus: UnusedBus = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Whether a store is in one piece; also while workers run. Exits 1 when it is not, and names each damage.
+
+    With MODULE:NAME snapshots are compared with full folds of their streams, and projections with their log."""
+    url = settings(store).store
+    known = load_service(service) if ":" in service else None
+    name = service if known is None else known.name
+    progress = Progress()
+
+    async def run() -> Verified:
+        with progress.task(f"verify {name}", 0):
+            return await verify_store(
+                url, name, service=known, full=full, told=lambda done, total: progress.at(done, total=total)
+            )
+
+    found = finish(run())
+    if as_json:
+        print_json(asdict(found) | {"ok": not found.damages})
+    else:
+        print_columns(("check", "damages"), [(check, _count(found, check)) for check in found.checks])
+        for damage in found.damages:
+            for what in damage.found:
+                print(f"{damage.check}: {what}")
+            if damage.count > len(damage.found):
+                print(f"{damage.check}: and {damage.count - len(damage.found)} more")
+        if known is not None:
+            say(f"compared {found.compared} of {found.snapshots} snapshots with full folds")
+    if found.damages:
+        raise SystemExit(WRONG)
+
+
+def _count(found: Verified, check: str) -> int:
+    return sum(damage.count for damage in found.damages if damage.check == check)
 
 
 def _show(header: Header, as_json: bool, what: str) -> None:
