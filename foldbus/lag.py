@@ -57,8 +57,8 @@ class RelayLag:
 @dataclass(frozen=True, slots=True)
 class ProjectionLag:
     """`generation` 0: no worker has run it yet. `behind`: positions of the own log and records of others' topics that
-    are still to be read. `version` is the serving generation's. `missing_topics` are what it waits for: it stands
-    still until they are there."""
+    are still to be read. `version` is the serving generation's. `missing_topics` are what it waits for; what
+    it reads elsewhere goes on."""
 
     name: str
     generation: int

@@ -17,11 +17,11 @@ from typing import Protocol
 
 from bus.cloudevents import from_record
 from bus.envelope import Envelope, Position
-from bus.errors import BadInput, Undecodable
+from bus.errors import BadInput, MissingTopics, Undecodable
 from bus.messages import Event
-from bus.metrics import Metrics
+from bus.metrics import MemoryMetrics, Metrics
 from bus.registry import Registry
-from bus.seams import Clock
+from bus.seams import Clock, SystemClock
 from bus.transport import Consumer, Delivery, Headers, Transport
 from eventstore.errors import WrongEpoch
 from eventstore.port import Page
@@ -258,11 +258,22 @@ def _peek(headers: Headers) -> tuple[str | None, str | None, int, int | None]:
 class CombinedFeed:
     """Several feeds as one; order holds within each source. An async context manager.
 
-    Each part reads ahead by one page while the others are handled; nobody waits for the slowest.
+    Each part reads ahead by one page while the others are handled; nobody waits for the slowest. One whose topic does
+    not exist (yet) is asked again every `absent_s`, and the pages name it meanwhile; MissingTopics is raised only when
+    nothing else is to be read.
     """
 
-    def __init__(self, parts: Collection[Feed]) -> None:
+    def __init__(
+        self,
+        parts: Collection[Feed],
+        *,
+        clock: Clock | None = None,
+        metrics: Metrics | None = None,
+        absent_s: float = 1.0,
+    ) -> None:
         self._parts = tuple(parts)
+        self._clock, self._metrics, self._absent_s = clock or SystemClock(), metrics or MemoryMetrics(), absent_s
+        self._absent: dict[int, tuple[float, MissingTopics]] = {}  # when to ask again, and what was said
         self.sources = frozenset(source for part in parts for source in part.sources)
         self._reading: dict[int, tuple[Checkpoint, asyncio.Task[FeedPage]]] = {}
         self._behind: dict[int, int] = {}
@@ -282,7 +293,10 @@ class CombinedFeed:
                     task.exception()
 
     async def read(self, after: Checkpoint, *, limit: int, timeout_s: float = 0.0) -> FeedPage:
+        now = self._clock.monotonic()
         for number, part in enumerate(self._parts):
+            if number in self._absent and now < self._absent[number][0]:
+                continue
             mine = {where: at for where, at in after.places.items() if where[0] in part.sources}
             pending = self._reading.get(number)
             if pending is not None and pending[0].places != mine:  # the reader of all this went back: start over
@@ -295,6 +309,8 @@ class CombinedFeed:
                 task = asyncio.ensure_future(part.read(start, limit=limit, timeout_s=timeout_s))
                 self._reading[number] = (start, task)
         tasks = {task for _, task in self._reading.values()}
+        if not tasks:
+            raise MissingTopics(self._missing())
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED if timeout_s > 0 else asyncio.ALL_COMPLETED)
         places = dict(after.places)
         records: list[FeedRecord] = []
@@ -303,12 +319,24 @@ class CombinedFeed:
             if not task.done():
                 continue
             del self._reading[number]
-            page = task.result()
+            try:
+                page = task.result()
+            except MissingTopics as error:
+                self._absent[number] = (self._clock.monotonic() + self._absent_s, error)
+                for topic in error.names:
+                    self._metrics.count("foldbus_projection_topic_missing_total", topic=topic)
+                continue
+            self._absent.pop(number, None)
             records += page.records
             bad += page.bad
             places.update(page.checkpoint.places)
             self._behind[number] = page.behind
-        return FeedPage(records, replace(after, places=places), sum(self._behind.values()), bad)
+        if len(self._absent) == len(self._parts):
+            raise MissingTopics(self._missing())
+        return FeedPage(records, replace(after, places=places), sum(self._behind.values()), bad, self._missing())
+
+    def _missing(self) -> tuple[str, ...]:
+        return tuple(sorted({topic for _, error in self._absent.values() for topic in error.names}))
 
 
 @asynccontextmanager
@@ -337,4 +365,4 @@ async def open_feed(
         if len(parts) == 1:
             yield parts[0]
         else:
-            yield await stack.enter_async_context(CombinedFeed(parts))
+            yield await stack.enter_async_context(CombinedFeed(parts, clock=clock, metrics=metrics))

@@ -69,12 +69,14 @@ class BadRecord:
 @dataclass(frozen=True, slots=True)
 class FeedPage:
     """Events in order per partition, the checkpoint after them (also past skipped and bad ones), and how many messages
-    are known to be left behind it."""
+    are known to be left behind it. `missing` are topics among the feed's sources that do not exist (yet): nothing is
+    read of them, and nothing else waits for them."""
 
     records: Sequence[FeedRecord]
     checkpoint: Checkpoint
     behind: int
     bad: Sequence[BadRecord] = ()
+    missing: Sequence[str] = ()
 
 
 class Feed(Protocol):

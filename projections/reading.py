@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Generic
 
 from bus.envelope import Token
+from bus.errors import MissingTopics
 from projections.building import Workshop
 from projections.definition import Projection
 from projections.folding import Folder
@@ -99,6 +100,8 @@ async def verify(shop: Workshop[Row], *, timeout_s: float = 600.0) -> Verified[R
             at.places.get(where, Place()).offset >= place.offset for where, place in stored.checkpoint.places.items()
         ):
             page = await feed.read(at, limit=shop.settings.page, timeout_s=0.2)
+            if page.missing:
+                raise MissingTopics(page.missing)
             at = page.checkpoint
             records = [record for record in page.records if _within(record, stored.checkpoint)]
             folded = await folder.fold(FeedPage(records, at, page.behind), load)

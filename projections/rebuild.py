@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 
-from bus.errors import Fenced
+from bus.errors import Fenced, MissingTopics
 from projections.building import Builder, Progress, Workshop, reached
 from projections.errors import NotCaughtUp, SwapBlocked
 from projections.port import Generation, Row, Status
@@ -53,6 +53,8 @@ async def rebuild(shop: Workshop[Row], *, skip_failures: bool = False) -> AsyncG
                 if leadership.lost:
                     raise Fenced(f"projection {name!r}: the lease of generation {number} was lost; nothing was swapped")
                 page = await builder.step(timeout_s=idle)
+                if page.missing:  # half of a read model is not to be swapped in
+                    raise MissingTopics(page.missing)
                 idle = 0.0 if page.records else _IDLE_S
                 seconds = shop.clock.monotonic() - began
                 rate = (builder.done() - done) / seconds if seconds > 0 else 0.0

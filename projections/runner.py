@@ -135,6 +135,8 @@ class ProjectionRunner(Generic[Row]):
                         while not leadership.lost:
                             page = await builder.step(timeout_s=shop.settings.poll_s)
                             state.behind, state.error, self._failures = page.behind, "", 0
+                            if page.missing:  # the other sources go on
+                                self._wait_for(MissingTopics(page.missing))
                             if not page.records and (await shop.rows.serving()).number != serving.number:
                                 return  # swapped while there was nothing to save
                     except Fenced as error:
@@ -147,11 +149,16 @@ class ProjectionRunner(Generic[Row]):
         name = self.shop.projection.name
         if not isinstance(error, MissingTopics):
             log.error("%s: %s; trying again", name, self.state.error, exc_info=error)
-            return
+        else:
+            self._wait_for(error)
+
+    def _wait_for(self, missing: MissingTopics) -> None:
+        name = self.shop.projection.name
+        self.state.error = f"{type(missing).__qualname__}: {missing}"
         now = self.shop.clock.monotonic()
         if self._missing_at is None or now - self._missing_at >= _MISSING_EVERY_S:
             self._missing_at = now
-            log.warning("%s waits for topics: %s", name, error)
+            log.warning("%s waits for topics: %s", name, missing)
 
     async def _pause(self, failures: int) -> None:
         """Grows with the failures, with jitter, bounded."""

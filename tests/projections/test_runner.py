@@ -11,7 +11,7 @@ import pytest
 
 from bus.cloudevents import to_record
 from bus.envelope import StreamId, Token
-from bus.errors import Fenced
+from bus.errors import Fenced, MissingTopics
 from bus.metrics import MemoryMetrics
 from bus.partitioner import partition_of
 from bus.transport import Outgoing, TopicSpec, Transport
@@ -23,6 +23,7 @@ from projections import (
     ReadModel,
     TokenElsewhere,
     projection,
+    rebuild,
     verify,
 )
 from projections.building import Builder
@@ -323,6 +324,32 @@ async def test_a_missing_foreign_topic_means_wait(
         await stock(embedded)
         await publish(embedded, "stock.events", Moved(sku="1", customer_id="a"), position=1)
         await eventually(lambda: _has(shop.rows, "a"))
+
+
+async def test_a_missing_foreign_topic_does_not_hold_up_the_other_sources(
+    store: Any, embedded: Transport, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop: Any = workshop(store, both, transport=embedded)
+    runner = ProjectionRunner(shop)
+    async with running(runner):
+        await append(store, Placed(order_id="1", customer_id="a"))
+        await eventually(lambda: _has(shop.rows, "a"))
+        await eventually(lambda: _true("stock.events" in runner.state.error))
+        assert runner.state.doing is Doing.FOLLOWING
+        assert shop.metrics.total("foldbus_projection_topic_missing_total", topic="stock.events") >= 1
+        assert _errors(shop) == 0
+        (said,) = [record for record in caplog.records if "stock.events" in record.getMessage()]
+        assert (said.levelname, said.exc_info) == ("WARNING", None)
+        with pytest.raises(MissingTopics):  # half of a read model is not to be swapped in
+            async for _ in rebuild(shop):
+                pass
+        await stock(embedded)
+        await publish(embedded, "stock.events", Moved(sku="1", customer_id="b"), position=1)
+        await eventually(lambda: _has(shop.rows, "b"))
+        await append(store, Placed(order_id="2", customer_id="c"))
+        await eventually(lambda: _has(shop.rows, "c"))
+        await eventually(lambda: _true(runner.state.error == ""))
+    assert (await verify(shop)).ok
 
 
 def _errors(shop: Any) -> int:
