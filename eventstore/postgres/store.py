@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
+from itertools import islice
 from typing import Any, TypeAlias, TypeVar, cast
 from uuid import UUID
 
@@ -43,6 +44,7 @@ from eventstore.port import (
     Where,
 )
 from eventstore.postgres import feed, schema
+from eventstore.postgres.coalescer import FLUSHERS, Asked, Coalescer
 from eventstore.postgres.errors import DRIVER_ERRORS, Trouble, kind, translated
 from eventstore.postgres.leases import PostgresLeases
 from eventstore.postgres.pool import Pool, driver_dsn, make_engine
@@ -73,7 +75,15 @@ class PostgresStore:
     """One service's database. See the `Store` port for every promise."""
 
     def __init__(
-        self, engine: AsyncEngine, dsn: str, *, service: str, clock: Clock, metrics: Metrics, timeout_s: float
+        self,
+        engine: AsyncEngine,
+        dsn: str,
+        *,
+        service: str,
+        clock: Clock,
+        metrics: Metrics,
+        pool_size: int,
+        timeout_s: float,
     ) -> None:
         self.service = service
         self.schema = schema.schema_of(service)
@@ -89,7 +99,17 @@ class PostgresStore:
         self.timers = PostgresTimers(self._rows, self.schema, clock)
         self.snapshots = PostgresSnapshots(self._rows, self.schema)
         self._reading = PostgresReading(self._rows, self.schema, self._watermark)
-        self._commit_sql = f"select * from {self.schema}.commit_units({_places(ARGUMENTS)})"
+        # A flush that is slow lends its place, but others than `commit` want connections too.
+        self._coalescer = Coalescer(
+            self._commit_alone,
+            self._commit_together,
+            metrics=metrics,
+            clock=clock,
+            wait_s=timeout_s,
+            flushers=min(FLUSHERS, pool_size),
+            lent_max=max(0, pool_size // 2 - FLUSHERS),
+        )
+        self._commit_sql = f"select * from {self.schema}.commit_calls({_places(ARGUMENTS)})"
         self._commit_one_sql = f"select * from {self.schema}.commit_one({_places(LEAN_ARGUMENTS)})"
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -114,18 +134,23 @@ class PostgresStore:
         clock = clock or SystemClock()
         metrics = metrics or MemoryMetrics()
         engine = make_engine(dsn, service=service, pool_size=pool_size, timeout_s=timeout_s)
-        store = cls(engine, dsn, service=service, clock=clock, metrics=metrics, timeout_s=timeout_s)
+        store = cls(
+            engine, dsn, service=service, clock=clock, metrics=metrics, pool_size=pool_size, timeout_s=timeout_s
+        )
         listening: asyncio.Task[None] | None = None
         try:
             await store._begin()
             listening = asyncio.create_task(store._wakeups.run(), name=f"listen {store.schema}")
             yield store
         finally:
-            if listening is not None:
-                listening.cancel()
-                with suppress(asyncio.CancelledError):
-                    await listening
-            await store._pool.close()
+            try:
+                await store._coalescer.close()
+            finally:
+                if listening is not None:
+                    listening.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await listening
+                await store._pool.close()
 
     @staticmethod
     async def migrate(dsn: str, *, service: str) -> None:
@@ -166,20 +191,37 @@ class PostgresStore:
         check_units(units, watermarks)
         if not units and not watermarks:
             return []
-        call = Call(units, watermarks, service=self.service, epoch=self.epoch)
         if tx is not None:
-            return await self._commit_within(call, tx)
+            return await self._commit_within(self._rows_of(units, watermarks), tx)
+        return await self._coalescer.commit(units, watermarks)
+
+    def _rows_of(
+        self, units: Sequence[Unit], watermarks: Sequence[Watermark], lengths: Sequence[int] | None = None
+    ) -> Call:
+        return Call(units, watermarks, service=self.service, epoch=self.epoch, lengths=lengths)
+
+    async def _commit_alone(self, units: Sequence[Unit], watermarks: Sequence[Watermark]) -> Sequence[Outcome]:
         try:
-            outcomes = await self._retried(lambda: self._commit_alone(call), doing="commit")
+            return await self._commit_call(self._rows_of(units, watermarks))
         except _DataTrouble as trouble:
             return await self._commit_one_by_one(units, watermarks, trouble)
+
+    async def _commit_together(self, calls: Sequence[Asked]) -> Sequence[Sequence[Outcome]]:
+        units = [unit for asked in calls for unit in asked.units]
+        watermarks = [mark for asked in calls for mark in asked.watermarks]
+        lengths = [len(asked.units) for asked in calls]
+        outcomes = iter(await self._commit_call(self._rows_of(units, watermarks, lengths)))
+        return [list(islice(outcomes, length)) for length in lengths]
+
+    async def _commit_call(self, call: Call) -> Sequence[Outcome]:
+        async def act() -> Sequence[Outcome]:
+            async with self.connection() as db:
+                return await self._call(db, call)
+
+        outcomes = await self._retried(act, doing="commit")
         if any(outcome.verdict is Verdict.COMMITTED for outcome in outcomes):
             self._wakeups.committed()
         return outcomes
-
-    async def _commit_alone(self, call: Call) -> Sequence[Outcome]:
-        async with self.connection() as db:
-            return await self._call(db, call)
 
     async def _call(self, db: Driver, call: Call) -> Sequence[Outcome]:
         if (lean := call.lean_arguments()) is not None:
@@ -238,7 +280,7 @@ class PostgresStore:
         bad: list[str] = []
         for nth, unit in enumerate(units):
             try:
-                await self.commit([unit])
+                await self._commit_alone([unit], ())
             except BadUnit as error:
                 log.warning("unit %d of a call of %d cannot be stored: %s", nth, len(units), error)
                 bad.append(f"unit {nth} of {len(units)}: {error}")

@@ -1,7 +1,7 @@
-"""Units as the arrays of `commit_units` (migrations/sql/0001_commit.sql explains each), and its answer as outcomes.
+"""Units as the rows of `commit_calls` (migrations/sql/0005_commit_calls.sql explains each), and its answer as outcomes.
 
 Everything that can be decided from the units alone is decided here: what is distinct, what is sorted how, whether
-expected versions chain within the call.
+expected versions chain within the statement.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from bus.envelope import Envelope, ReplyOutcome, StreamId, Token
 from eventstore import rows
 from eventstore.port import (
     ANY,
+    Append,
     CancelTimer,
     Claim,
     ClaimState,
@@ -29,63 +30,63 @@ from eventstore.port import (
     Watermark,
 )
 
-ARGUMENTS, LEAN_ARGUMENTS = 65, 32
-"""How many `commit_units` and `commit_one` take."""
+ARGUMENTS, LEAN_ARGUMENTS = 14, 32
+"""How many `commit_calls` and `commit_one` take."""
 STATES = {0: ClaimState.NEW, 1: ClaimState.DONE, 2: ClaimState.DEAD, 3: ClaimState.CANCELLED}
 _STATE_NUMBERS = {state: number for number, state in STATES.items()}
-_FENCES = {Fence.EXPECT_DONE: 1, Fence.CANCEL: 2}
+_FENCES = {None: 0, Fence.EXPECT_DONE: 1, Fence.CANCEL: 2}
 _NO_ROW = (None,) * 7
 
 
 class Call:
-    """One call's arrays. Places count from 1; 0 is none."""
+    """The rows of one statement. `lengths`: how many units each of the calls has that share it (None: one call)."""
 
-    def __init__(self, units: Sequence[Unit], watermarks: Sequence[Watermark], *, service: str, epoch: int) -> None:
-        self.units = units
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        watermarks: Sequence[Watermark] = (),
+        *,
+        service: str,
+        epoch: int,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
+        self.units, self.watermarks = units, watermarks
         self._service, self._epoch = service, epoch
+        self._lengths = (len(units),) if lengths is None else lengths
         self._plain = True
-        self._ids: dict[tuple[str, int], tuple[UUID, str, int, bool]] = {}
-        self._streams: dict[StreamId, tuple[int, int]] = {}  # version before the first, after the last
+        self._ids: dict[tuple[str, int], tuple[str, UUID, str, int, bool]] = {}
+        self._streams: dict[tuple[str, str], tuple[int, int]] = {}  # version before the first, after the last
         self._keys: dict[tuple[str, str], int] = {}
-        # Columns of what has one row per unit, touch and so on, in the order of the function's parameters.
-        self._u_keys: list[int] = []
+        # Of units, and of what they touch: unit, stream, expected version, how many events.
         self._last_event: list[int] = []
         self._last_public: list[int] = []
-        self._touches: list[tuple[int, StreamId, int, int]] = []
+        self._touches: list[tuple[int, tuple[str, str], int, int]] = []
+        # One entry per log row: its unit.
         self._row_units: list[int] = []
         self._events: list[tuple[Any, ...]] = []
         self._outgoing: list[tuple[Any, ...]] = []
-        self._replies: list[tuple[int, str, bytes]] = []
+        self._replies: list[tuple[Any, ...]] = []
         self._timers: list[tuple[int, Timer | CancelTimer]] = []
         self._letters: list[tuple[int, DeadLetter]] = []
         for number, unit in enumerate(units, 1):
             self._add(number, unit)
-        self._watermarks = _highest(watermarks)
 
     def _add(self, number: int, unit: Unit) -> None:
         last_event = last_public = 0
         for append in unit.appends:
-            expected = -1 if append.expected is ANY else int(append.expected)
-            self._touch(number, append.stream, expected, len(append.envelopes))
-            touch = len(self._touches)
-            for nth, envelope in enumerate(append.envelopes, 1):
-                self._row_units.append(number)
-                last_event = len(self._row_units)
-                if envelope.topic is not None:
-                    last_public = last_event
-                self._events.append((last_event, touch, nth, *self._row(envelope)))
+            last_event, public = self._append(number, append)
+            last_public = public or last_public
         for stream, version in unit.asserts:
-            self._touch(number, stream, version, 0)
+            self._touch(number, (stream.category, stream.id), version, 0)
         for append in unit.appends:  # only now: a unit's asserts are about the version before it
-            first, version = self._streams[append.stream]
-            self._streams[append.stream] = (first, version + len(append.envelopes))
+            name = (append.stream.category, append.stream.id)
+            first, version = self._streams[name]
+            self._streams[name] = (first, version + len(append.envelopes))
         for envelope in unit.outgoing:
             self._row_units.append(number)
-            self._outgoing.append((len(self._row_units), False, *self._row(envelope)))
-        if (claim := unit.claim) is not None:
-            self._claim(number, claim)
-        else:
-            self._u_keys.append(0)
+            self._outgoing.append((len(self._row_units), None, None, *self._row(envelope)))
+        if unit.claim is not None:
+            self._claim(number, unit.claim, last_event, last_public)
         for timer in unit.timers:
             self._timers.append((number, timer))
         if unit.dead_letter is not None:
@@ -93,7 +94,21 @@ class Call:
         self._last_event.append(last_event)
         self._last_public.append(last_public)
 
-    def _touch(self, unit: int, stream: StreamId, expected: int, count: int) -> None:
+    def _append(self, unit: int, append: Append) -> tuple[int, int]:
+        """The places of its last event and of its last public one (0: none)."""
+        category, id = append.stream.category, append.stream.id
+        expected = -1 if append.expected is ANY else int(append.expected)
+        self._touch(unit, (category, id), expected, len(append.envelopes))
+        touch, at, last_public = len(self._touches), len(self._row_units), 0
+        for nth, envelope in enumerate(append.envelopes, 1):
+            at += 1
+            if envelope.topic is not None:
+                last_public = at
+            self._events.append((at, touch, nth, category, id, expected + nth, *self._row(envelope)))
+        self._row_units += [unit] * len(append.envelopes)
+        return at, last_public
+
+    def _touch(self, unit: int, stream: tuple[str, str], expected: int, count: int) -> None:
         self._touches.append((unit, stream, expected, count))
         known = self._streams.get(stream)
         if known is None:
@@ -102,28 +117,29 @@ class Call:
         elif known[1] != expected:
             self._plain = False
 
-    def _claim(self, unit: int, claim: Claim) -> None:
-        self._u_keys.append(self._keys.setdefault((claim.consumer, claim.key), len(self._keys) + 1))
-        id = (claim.consumer, claim.message_id.int)
+    def _claim(self, unit: int, claim: Claim, last_event: int, last_public: int) -> None:
+        consumer, message_id, key = claim.consumer, claim.message_id, claim.key
+        id = (consumer, message_id.int)
         if id in self._ids:
             self._plain = False
         else:
-            self._ids[id] = (claim.message_id, claim.key, _STATE_NUMBERS[claim.state], has_effect(claim))
+            self._ids[id] = (consumer, message_id, key, _STATE_NUMBERS[claim.state], has_effect(claim))
         if claim.fences is not None:
             self._plain = False
             # Goes in as cancelled, so that a step on its way waits for this undo or this undo for the step.
-            self._ids.setdefault((claim.consumer, claim.fences.int), (claim.fences, claim.key, 3, False))
+            self._ids.setdefault((consumer, claim.fences.int), (consumer, claim.fences, key, 3, False))
         if (reply := claim.reply) is not None:
             epoch = rows.log_epoch(reply, service=self._service, epoch=self._epoch)
             # Its positions are only known to the database, which keeps them beside the document: see `with_token`.
-            token = Token(self._service, self._epoch, claim.key, 0, 0)
-            self._replies.append((unit, rows.document(reply, epoch=epoch, token=token), reply.data))
+            token = Token(self._service, self._epoch, key, 0, 0)
+            document = rows.document(reply, epoch=epoch, token=token)
+            self._replies.append((unit, last_event, last_public, consumer, message_id, document, reply.data))
             if reply.topic is not None:
                 self._row_units.append(unit)
-                self._outgoing.append((len(self._row_units), True, *self._row(reply, token)))
+                self._outgoing.append((len(self._row_units), last_event, last_public, *self._row(reply, token)))
 
     def _row(self, envelope: Envelope, token: Token | None = None) -> tuple[Any, ...]:
-        epoch = rows.log_epoch(envelope, service=self._service, epoch=self._epoch)
+        epoch = self._epoch if envelope.source == self._service else envelope.epoch  # as `rows.log_epoch`
         return (
             envelope.id,
             envelope.type,
@@ -135,48 +151,56 @@ class Call:
         )
 
     def arguments(self) -> list[Any]:
-        """For `commit_units`, in its order."""
-        ids = sorted(self._ids)
-        id_places = {id: place for place, id in enumerate(ids, 1)}
-        id_rows = [self._ids[id] for id in ids]
-        streams = sorted((stream.category, stream.id, stream) for stream in self._streams)
-        stream_places = {stream: place for place, (_, _, stream) in enumerate(streams, 1)}
-        versions = [self._streams[stream] for _, _, stream in streams]
-        claims = [unit.claim for unit in self.units]
+        """For `commit_calls`, in its order."""
+        ids = sorted(self._ids.items())
+        streams = sorted(self._streams.items())
         timers = sorted(self._timers, key=lambda one: (one[1].consumer, one[1].id.int))
         letters = sorted(self._letters, key=lambda one: (one[1].consumer, one[1].id.int))
         return [
-            [consumer for consumer, _ in ids],
-            *_columns(id_rows, 4),
-            [category for category, _, _ in streams],
-            [id for _, id, _ in streams],
-            *_columns(versions, 2),
             self._plain,
+            len({event[6] for event in self._events}) < len(self._events),
             len(self.units),
-            [0 if claim is None else id_places[claim.consumer, claim.message_id.int] for claim in claims],
-            self._u_keys,
-            [0 if claim is None else _STATE_NUMBERS[claim.state] for claim in claims],
-            [claim is not None and has_effect(claim) for claim in claims],
-            [
-                0 if claim is None or claim.fences is None else id_places[claim.consumer, claim.fences.int]
-                for claim in claims
-            ],
-            [0 if claim is None or claim.fence is None else _FENCES[claim.fence] for claim in claims],
-            self._last_event,
-            self._last_public,
-            [unit for unit, _, _, _ in self._touches],
-            [stream_places[stream] for _, stream, _, _ in self._touches],
-            [expected for _, _, expected, _ in self._touches],
-            [count for _, _, _, count in self._touches],
-            self._row_units,
-            *_columns(self._events, 10),
-            *_columns(self._outgoing, 9),
-            *_columns(self._replies, 3),
-            *_columns([_timer_row(unit, timer) for unit, timer in timers], 7),
+            len(self._row_units),
+            self._numbers([id for id, _ in ids], [stream for stream, _ in streams]),
+            [row for _, row in ids],
+            [(*stream, *versions) for stream, versions in streams],
+            self._events,
+            self._outgoing,
+            self._replies,
+            [_timer_row(unit, timer) for unit, timer in timers],
             any(isinstance(timer, CancelTimer) for _, timer in timers),
-            *_columns([_letter_row(unit, letter) for unit, letter in letters], 7),
-            *_columns(self._watermarks, 4),
+            [_letter_row(unit, letter) for unit, letter in letters],
+            _highest(self.watermarks),
         ]
+
+    def _numbers(self, ids: Sequence[tuple[str, int]], streams: Sequence[tuple[str, str]]) -> list[str]:
+        id_places = {id: place for place, id in enumerate(ids, 1)}
+        stream_places = {stream: place for place, stream in enumerate(streams, 1)}
+        claimed = [
+            _NO_CLAIM if unit.claim is None else self._claim_numbers(unit.claim, id_places) for unit in self.units
+        ]
+        calls = (number for number, length in enumerate(self._lengths, 1) for _ in range(length))
+        columns: Sequence[Iterable[int]] = [
+            calls,
+            *_columns(claimed, 6),
+            (unit for unit, _, _, _ in self._touches),
+            (stream_places[stream] for _, stream, _, _ in self._touches),
+            (expected for _, _, expected, _ in self._touches),
+            (count for _, _, _, count in self._touches),
+            self._row_units,
+        ]
+        return ["{" + ",".join(map(str, column)) + "}" for column in columns]
+
+    def _claim_numbers(self, claim: Claim, places: dict[tuple[str, int], int]) -> tuple[int, ...]:
+        consumer, fences = claim.consumer, claim.fences
+        return (
+            places[consumer, claim.message_id.int],
+            self._keys.setdefault((consumer, claim.key), len(self._keys) + 1),
+            _STATE_NUMBERS[claim.state],
+            1 if has_effect(claim) else 0,
+            0 if fences is None else places[consumer, fences.int],
+            _FENCES[claim.fence],
+        )
 
     def lean_arguments(self) -> list[Any] | None:
         """For `commit_one`; None when this call is not as simple as that."""
@@ -188,7 +212,7 @@ class Call:
             or len(self.units[0].outgoing) > 1
             or self._timers
             or self._letters
-            or self._watermarks
+            or self.watermarks
         ):
             return None
         arguments: list[Any] = []
@@ -199,49 +223,51 @@ class Call:
             state = _STATE_NUMBERS[claim.state]
             arguments += [claim.consumer, claim.message_id, claim.key, state, has_effect(claim)]
         if self._touches:
-            _, stream, expected, count = self._touches[0]
-            arguments += [stream.category, stream.id, expected, expected + count]
+            _, (category, id), expected, count = self._touches[0]
+            arguments += [category, id, expected, expected + count]
         else:
             arguments += [None] * 4
-        arguments += self._events[0][3:] if self._events else _NO_ROW
-        sent = [row[2:] for row in self._outgoing if not row[1]]
-        answered = [row[2:] for row in self._outgoing if row[1]]
+        arguments += self._events[0][6:] if self._events else _NO_ROW
+        sent = [row[3:] for row in self._outgoing if row[1] is None]
+        answered = [row[3:] for row in self._outgoing if row[1] is not None]
         arguments += sent[0] if sent else _NO_ROW
         arguments += answered[0] if answered else _NO_ROW
-        arguments += self._replies[0][1:] if self._replies else (None, None)
+        arguments += self._replies[0][5:] if self._replies else (None, None)
         return arguments
 
     def lean_outcome(self, at: int) -> Outcome:
         """What `commit_one` has written; its event is at `at`."""
-        public = at if self._last_public[0] else 0
-        versions = {stream: expected + count for _, stream, expected, count in self._touches if count}
-        return Outcome(Verdict.COMMITTED, at, public, versions)
+        return Outcome(Verdict.COMMITTED, at, at if self._last_public[0] else 0, _made(self.units[0]))
 
     def outcomes(self, answer: asyncpg.Record) -> list[Outcome]:
-        """Those of duplicates still lack the stored reply."""
+        """Of all calls, one after the other. Those of duplicates still lack the stored reply."""
         positions: Sequence[int | None] = answer["positions"] or ()
         verdicts: Sequence[int] | None = answer["verdicts"]
-        began: Sequence[int] | None = answer["began"]
+        if verdicts is None:
+            return [
+                Outcome(
+                    Verdict.COMMITTED,
+                    (positions[last_event - 1] or 0) if last_event else 0,
+                    (positions[last_public - 1] or 0) if last_public else 0,
+                    _made(unit),
+                )
+                for unit, last_event, last_public in zip(self.units, self._last_event, self._last_public, strict=True)
+            ]
         touches: list[list[int]] = [[] for _ in self.units]
-        for place, (unit, _, _, count) in enumerate(self._touches):
-            if count:
-                touches[unit - 1].append(place)
+        for place, (unit_number, _, _, _) in enumerate(self._touches):
+            touches[unit_number - 1].append(place)
         found: list[Outcome] = []
-        for nth in range(len(self.units)):
-            match 1 if verdicts is None else verdicts[nth]:
+        for nth, unit in enumerate(self.units):
+            match verdicts[nth]:
                 case 1:
+                    began = [answer["began"][place] for place in touches[nth]]
                     versions = {
-                        stream: (expected if began is None else began[place]) + count
-                        for place in touches[nth]
-                        for _, stream, expected, count in (self._touches[place],)
+                        append.stream: version + len(append.envelopes)
+                        for append, version in zip(unit.appends, began, strict=False)  # asserted streams come after
                     }
+                    last_event, last_public = self._last_event[nth], self._last_public[nth]
                     found.append(
-                        Outcome(
-                            Verdict.COMMITTED,
-                            _at(positions, self._last_event[nth]),
-                            _at(positions, self._last_public[nth]),
-                            versions,
-                        )
+                        Outcome(Verdict.COMMITTED, _at(positions, last_event), _at(positions, last_public), versions)
                     )
                 case 2:
                     found.append(Outcome(Verdict.DUPLICATE))
@@ -259,28 +285,35 @@ class Call:
             return Outcome(Verdict.CONFLICT)
         _, stream, expected, _ = self._touches[misfit - 1]
         wanted: ExpectedVersion = ANY if expected < 0 else expected
-        return Outcome(Verdict.CONFLICT, stream=stream, expected=wanted, actual=answer["actual"][nth])
+        return Outcome(Verdict.CONFLICT, stream=StreamId(*stream), expected=wanted, actual=answer["actual"][nth])
 
     def _repeated(self, nth: int, answer: asyncpg.Record, positions: Sequence[int | None]) -> Outcome:
         """Its events were stored by an earlier call, or by earlier units of this one."""
         position: int = answer["repeated"][nth] or 0
         public: int = answer["repeated_public"][nth] or 0
         ids = {envelope.id for append in self.units[nth].appends for envelope in append.envelopes}
-        for at, _, _, id, _, _, topic, *_ in self._events:
+        for at, _, _, _, _, _, id, _, _, topic, *_ in self._events:
             if id in ids and (written := _at(positions, at)):
                 position = max(position, written)
                 public = max(public, written) if topic is not None else public
-        versions = {
-            append.stream: append.expected + len(append.envelopes)
-            for append in self.units[nth].appends
-            if isinstance(append.expected, int)
-        }
-        return Outcome(Verdict.COMMITTED, position, public, versions)
+        return Outcome(Verdict.COMMITTED, position, public, _made(self.units[nth]))
+
+
+_NO_CLAIM = (0,) * 6
 
 
 def has_effect(claim: Claim) -> bool:
     """Done, and there is something that an undo would have to undo."""
     return claim.state is ClaimState.DONE and (claim.reply is None or claim.reply.outcome in (None, ReplyOutcome.OK))
+
+
+def _made(unit: Unit) -> dict[StreamId, int]:
+    """The versions that its appends make, if all are at the expected ones."""
+    return {
+        append.stream: append.expected + len(append.envelopes)
+        for append in unit.appends
+        if isinstance(append.expected, int)
+    }
 
 
 def _at(positions: Sequence[int | None], place: int) -> int:

@@ -210,6 +210,9 @@ class SqliteDatabase:
                 results = [(None, error)] * len(batch)
                 break
         self._metrics.count("foldbus_store_transactions_total", store="sqlite")
+        if len(batch) > 1:
+            self._metrics.count("foldbus_store_batches_total", store="sqlite")
+            self._metrics.count("foldbus_store_batched_calls_total", len(batch), store="sqlite")
         for job, (value, failed) in zip(batch, results, strict=True):
             if job.done.cancelled():
                 continue

@@ -27,6 +27,7 @@ from uuid import UUID
 
 from bus.envelope import Envelope, Position, ReplyOutcome, StreamId, Token, Version
 from eventstore import rows
+from eventstore.errors import BadUnit
 from eventstore.port import (
     ANY,
     Append,
@@ -34,6 +35,7 @@ from eventstore.port import (
     Claim,
     ClaimState,
     DeadLetter,
+    ExpectedVersion,
     Fence,
     Outcome,
     Timer,
@@ -116,7 +118,10 @@ def commit_calls(session: Session, calls: Sequence[Call], *, service: str, epoch
     for call in calls:
         commit.forget_losers()
         outcomes.append([commit.judge(unit) for unit in call.units])
-    commit.write([mark for call in calls for mark in call.watermarks])
+    try:
+        commit.write([mark for call in calls for mark in call.watermarks])
+    except OverflowError as error:
+        raise BadUnit(f"the database cannot hold a value of these units: {error}; nothing was written") from error
     return [Written(judged, commit.head) for judged in outcomes]
 
 
@@ -158,7 +163,8 @@ class _Commit:
             return self._lose(unit)
         for append in unit.appends:
             actual = self._streams[append.stream].version
-            if append.expected is not ANY and append.expected != actual:
+            # An archived stream's version is negative: none fits it, ANY neither.
+            if append.expected != actual and (append.expected is not ANY or actual < 0):
                 return self._repeated(unit) or self._lose(
                     unit, stream=append.stream, expected=append.expected, actual=actual
                 )
@@ -179,7 +185,7 @@ class _Commit:
         unit: Unit,
         *,
         stream: StreamId | None = None,
-        expected: Version | None = None,
+        expected: ExpectedVersion | None = None,
         actual: Version | None = None,
     ) -> Outcome:
         if unit.claim is not None:

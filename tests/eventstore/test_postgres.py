@@ -6,7 +6,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -16,11 +15,13 @@ import pytest_asyncio
 from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
-from bus.envelope import ReplyOutcome
 from bus.metrics import MemoryMetrics
+from bus.seams import SystemClock
 from eventstore.errors import BadUnit, EventStoreError, SchemaMismatch, StoreUnavailable
-from eventstore.port import ANY, Claim, Fence, Outcome, Unit, Verdict
+from eventstore.port import ANY, Fence, Outcome, Unit, Verdict
 from eventstore.postgres import PostgresStore, schema
+from tests.eventstore.comparing import by_rank, random_units, ranks, with_ranks
+from tests.eventstore.locks import blocked, connected, nobody_blocked
 from tests.eventstore.stores import (
     CONSUMER,
     IDS,
@@ -31,7 +32,6 @@ from tests.eventstore.stores import (
     message,
     one,
     reply,
-    stream,
     undo,
     verdicts,
     version,
@@ -52,32 +52,6 @@ async def store(database: str, metrics: MemoryMetrics) -> AsyncIterator[Postgres
     await PostgresStore.migrate(database, service=SERVICE)
     async with PostgresStore.open(database, service=SERVICE, metrics=metrics, pool_size=4) as opened:
         yield opened
-
-
-@asynccontextmanager
-async def connected(dsn: str) -> AsyncIterator[Any]:
-    db = await asyncpg.connect(dsn)
-    try:
-        yield db
-    finally:
-        db.terminate()
-
-
-async def blocked(dsn: str, count: int = 1) -> list[int]:
-    """Waits until `count` backends of this database wait for a lock; answers their pids."""
-    query = "select pid from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
-    async with connected(dsn) as db, asyncio.timeout(10):
-        while len(found := [row[0] for row in await db.fetch(query)]) < count:  # noqa: ASYNC110 - the server tells nobody
-            await asyncio.sleep(0.01)
-        return found
-
-
-async def nobody_blocked(dsn: str) -> None:
-    """Waits until a cancelled statement has ended on the server too."""
-    async with connected(dsn) as db, asyncio.timeout(10):
-        query = "select 1 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
-        while await db.fetchval(query):  # noqa: ASYNC110 - the server tells nobody
-            await asyncio.sleep(0.01)
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
@@ -232,6 +206,130 @@ async def test_a_claim_is_waited_for_and_then_a_duplicate_with_its_reply(store: 
         assert outcome.reply.token is not None
         assert outcome.reply.token.position == first.position
         assert verdicts(await again)[1:] == ["ok"] * others
+
+
+# --- several callers in one flush (what both stores promise is in test_coalescer.py) ---------------------------------
+
+
+@asynccontextmanager
+async def flushed_together(
+    store: PostgresStore, database: str, *calls: Sequence[Unit]
+) -> AsyncIterator[list[asyncio.Task[Sequence[Outcome]]]]:
+    """Inside the block the calls are one statement, which waits for the lock on stream `held`; one of them wants it."""
+    async with store.transaction() as holder:
+        await store.commit([Unit(appends=(append("held", 0),))], tx=holder)
+        async with store.transaction() as first:
+            names = ["first-0", "first-1"]  # one for each flusher
+            await store.commit([Unit(appends=(append(name, 0),)) for name in names], tx=first)
+            holding = [asyncio.create_task(commit(store, Unit(appends=(append(name, ANY),)))) for name in names]
+            await blocked(database, 2)
+            asked = [asyncio.create_task(store.commit(units)) for units in calls]
+            await asyncio.sleep(0)  # they queue
+        assert await asyncio.gather(*holding) == [["ok"], ["ok"]]
+        await blocked(database)
+        yield asked
+
+
+async def test_a_caller_cancelled_during_its_flush_takes_nobody_along(
+    store: PostgresStore, database: str, metrics: MemoryMetrics
+) -> None:
+    calls = [[Unit(claim=claim(), appends=(append(name, ANY),))] for name in ("held", "b", "c")]
+    async with flushed_together(store, database, *calls) as asked:
+        asked[1].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked[1]
+    assert verdicts([*await asked[0], *await asked[2]]) == ["ok", "ok"]
+    assert metrics.total("foldbus_store_batched_calls_total") == 3
+    assert metrics.total("foldbus_store_connections_discarded_total") == 0, "the statement went on"
+    assert await commit(store, *calls[1]) == ["duplicate"], "its outcome was unknown: it was written"
+
+
+async def test_a_backend_killed_during_a_flush_makes_all_outcomes_unknown_and_repeating_safe(
+    store: PostgresStore, database: str
+) -> None:
+    calls = [[Unit(claim=claim(reply=reply()), appends=(append(name, ANY),))] for name in ("held", "b", "c")]
+    async with flushed_together(store, database, *calls) as asked:
+        (pid,) = await blocked(database)
+        async with connected(database) as db:
+            await db.execute("select pg_terminate_backend($1)", pid)
+        errors = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(error) for error in errors] == [StoreUnavailable] * 3
+    assert len({id(error) for error in errors}) == 3, "each its own: one shared would gather all their tracebacks"
+    for units in calls:
+        assert await commit(store, *units) == ["ok"]
+        assert await commit(store, *units) == ["duplicate"]
+
+
+async def test_flushes_of_two_processes_with_streams_in_opposite_order_do_not_deadlock(
+    store: PostgresStore, database: str, metrics: MemoryMetrics
+) -> None:
+    """Both are held at the stream in the middle, by when each would have its first one and want the other's."""
+    names = ["s-0", "s-1", "s-2"]
+    async with PostgresStore.open(database, service=SERVICE, metrics=metrics, pool_size=4) as other:
+        async with store.transaction() as middle:
+            await store.commit([Unit(appends=(append(names[1], 0),))], tx=middle)
+            async with store.transaction() as first:
+                await store.commit([Unit(appends=(append(f"first-{n}", 0),)) for n in range(2)], tx=first)
+                holding = [
+                    asyncio.create_task(commit(on, Unit(appends=(append(f"first-{n}", ANY),))))
+                    for on in (store, other)
+                    for n in range(2)
+                ]
+                await blocked(database, 4)
+                calls = [
+                    asyncio.create_task(on.commit([Unit(appends=(append(name, 0),))]))
+                    for on, order in ((store, names), (other, names[::-1]))
+                    for name in order
+                ]
+                await asyncio.sleep(0)
+            assert sorted(await asyncio.gather(*holding)) == [["ok"]] * 4
+            await blocked(database, 2)
+            await middle.sql.rollback()
+        found = [outcome for (outcome,) in await asyncio.gather(*calls)]
+    assert metrics.total("foldbus_store_batched_calls_total") == 6
+    assert metrics.total("foldbus_store_errors_total") == 0, metrics.counters
+    assert sorted(verdicts(found)) == ["conflict"] * 3 + ["ok"] * 3
+    assert [await version(store, name) for name in names] == [1] * 3
+
+
+async def test_flushers_that_wait_for_locks_lend_their_places(database: str, metrics: MemoryMetrics) -> None:
+    await PostgresStore.migrate(database, service=SERVICE)
+    async with PostgresStore.open(database, service=SERVICE, metrics=metrics) as store, store.transaction() as tx:
+        await store.commit([Unit(appends=(append(f"held-{n}", 0),)) for n in range(2)], tx=tx)
+        stuck = [asyncio.create_task(commit(store, Unit(appends=(append(f"held-{n}", ANY),)))) for n in range(2)]
+        await blocked(database, 2)
+        assert await commit(store, Unit(appends=(append("free", 0),))) == ["ok"], "neither was let go"
+        assert not any(task.done() for task in stuck)
+        assert metrics.total("foldbus_store_flushes_slow_total") > 0
+        await tx.sql.rollback()
+        assert await asyncio.gather(*stuck) == [["ok"]] * 2
+
+
+class AheadClock(SystemClock):
+    ahead_s = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.ahead_s
+
+
+async def test_a_call_that_queues_for_too_long_fails_and_has_written_nothing(database: str) -> None:
+    await PostgresStore.migrate(database, service=SERVICE)
+    clock = AheadClock()
+    async with PostgresStore.open(database, service=SERVICE, clock=clock, pool_size=4, timeout_s=20) as store:
+        async with store.transaction() as tx:
+            await store.commit([Unit(appends=(append(f"held-{n}", 0),)) for n in range(2)], tx=tx)
+            stuck = [asyncio.create_task(commit(store, Unit(appends=(append(f"held-{n}", ANY),)))) for n in range(2)]
+            await blocked(database, 2)
+            late = asyncio.create_task(commit(store, Unit(appends=(append("late", 0),))))
+            await asyncio.sleep(0)
+            clock.ahead_s = 21.0
+            early = asyncio.create_task(commit(store, Unit(appends=(append("early", 0),))))
+            await asyncio.sleep(0)
+        assert await asyncio.gather(*stuck) == [["ok"]] * 2
+        with pytest.raises(StoreUnavailable, match="nothing was written"):
+            await late
+        assert await early == ["ok"]
+        assert await version(store, "late") == 0
 
 
 # --- connections -----------------------------------------------------------------------------------------------------
@@ -490,76 +588,18 @@ async def test_random_calls_are_answered_as_the_reference_answers_them(
         earlier: list[Unit] = []
         seen: set[str] = set()
         for step in range(120):
-            units = _random_units(rnd, dict(versions), ids, earlier)
+            units = random_units(rnd, dict(versions), ids, earlier)
             earlier += units
             expected, found = await reference.commit(units), await store.commit(units)
             theirs, ours = await whole_log(reference), await whole_log(store)
             assert [(a.id, a.version) for a in theirs] == [(a.id, a.version) for a in ours], step
-            rank, our_rank = _ranks(theirs), _ranks(ours)
+            rank, our_rank = ranks(theirs), ranks(ours)
             for unit, a, b in zip(units, expected, found, strict=True):
-                assert _plain(a, rank) == _plain(b, our_rank), (step, unit)
+                assert by_rank(a, rank) == by_rank(b, our_rank), (step, unit)
                 seen.add(a.verdict)
                 for name, at in a.versions.items():
                     versions[name.id] = max(versions[name.id], at)
         asked = [(id, "") for id in ids]
         for a, b in zip(await reference.examine(CONSUMER, asked), await store.examine(CONSUMER, asked), strict=True):
-            assert (a.state, _reply(a.reply, rank)) == (b.state, _reply(b.reply, our_rank))
+            assert (a.state, with_ranks(a.reply, rank)) == (b.state, with_ranks(b.reply, our_rank))
         assert seen == {"committed", "duplicate", "conflict", "cancelled"}
-
-
-def _random_units(rnd: random.Random, at: dict[str, int], ids: list[UUID], earlier: list[Unit]) -> list[Unit]:
-    units: list[Unit] = []
-    for _ in range(rnd.choice((1, 1, 2, 4, 6))):
-        if earlier and rnd.random() < 0.15:
-            units.append(rnd.choice(earlier + units))
-            continue
-        appends = []
-        for name in rnd.sample(sorted(at), rnd.choice((0, 1, 1, 2))):
-            wanted_ = rnd.choice([at[name]] * 8 + [ANY, at[name] + 1, 0])
-            events = [event(name, public=rnd.random() < 0.6) for _ in range(rnd.choice((1, 2)))]
-            appends.append(append(name, wanted_, *events))
-            at[name] += len(events) if wanted_ in (ANY, at[name]) else 0
-        asserts = [(stream(name), at[name]) for name in rnd.sample(sorted(at), rnd.choice((0, 0, 1)))]
-        units.append(
-            Unit(
-                claim=_random_claim(rnd, ids) if rnd.random() < 0.8 else None,
-                appends=tuple(appends),
-                asserts=tuple(asserts),
-                outgoing=tuple(message() for _ in range(rnd.choice((0, 1)))),
-            )
-        )
-    return units
-
-
-def _random_claim(rnd: random.Random, ids: list[UUID]) -> Claim:
-    id = rnd.choice(ids) if ids and rnd.random() < 0.25 else IDS.new()
-    step = rnd.choice([*ids, IDS.new()])
-    ids += [id, step]
-    answer = rnd.choice((None, reply(), reply(outcome=ReplyOutcome.REFUSED), reply(topic=None)))
-    if rnd.random() < 0.3 and step != id:
-        made = undo(step, rnd.choice(list(Fence)), id, key=rnd.choice("abc"), reply=answer)
-    else:
-        made = claim(id, rnd.choice("abc"), reply=answer)
-    return replace(made, state=rnd.choice([made.state] * 5 + [type(made.state).DEAD]))
-
-
-def _ranks(log: Sequence[Any]) -> dict[int, int]:
-    return {0: 0} | {one_.position: place for place, one_ in enumerate(log, 1)}
-
-
-def _reply(found: Any, rank: dict[int, int]) -> Any:
-    if found is None or found.token is None:
-        return found
-    return replace(
-        found, token=replace(found.token, position=rank[found.token.position], public=rank[found.token.public])
-    )
-
-
-def _plain(outcome: Outcome, rank: dict[int, int]) -> Outcome:
-    return replace(
-        outcome,
-        position=rank[outcome.position],
-        public=rank[outcome.public],
-        versions=dict(outcome.versions),
-        reply=_reply(outcome.reply, rank),
-    )
