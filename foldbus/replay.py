@@ -29,7 +29,7 @@ from bus.envelope import Envelope, Position, StreamId
 from bus.errors import FoldbusError, MissingTopics, TransportUnavailable
 from bus.seams import Clock
 from bus.transport import Ack, Failed, Outgoing, Transport
-from eventstore.port import Store, Wanted
+from eventstore.port import Store, Where
 
 REPLAYED = "foldbus-replayed"
 """The header of every record that a replay published."""
@@ -56,12 +56,9 @@ class Selection:
     since: datetime | None = None
     before: datetime | None = None
 
-    def wants(self, record: Envelope) -> bool:
-        return (
-            (not self.types or record.type in self.types)
-            and (self.since is None or record.time >= self.since)
-            and (self.before is None or record.time < self.before)
-        )
+    def where(self) -> Where:
+        """What is asked of the database; positions are the caller's."""
+        return Where(types=self.types or None, stream=self.stream, since=self.since, until=self.before)
 
     def text(self) -> dict[str, Any]:
         """As it is kept in a state file, to be compared."""
@@ -211,23 +208,13 @@ async def pages(
 ) -> AsyncGenerator[tuple[list[Envelope], Position]]:
     """The chosen events above `after`, up to `until`, in pages; with each, up to where everything has been looked at.
     Bounded: what is committed meanwhile is above `until`."""
-    if selection.stream is None:
-        at = after
-        while at < until:
-            page = await store.read_all(after=at, limit=_PAGE)
-            if page.upto <= at:
-                return
-            at = min(page.upto, until)
-            yield [one for one in page.records if (one.position or 0) <= until and selection.wants(one)], at
-        return
-    version, at = 0, after
+    at, where = after, selection.where()
     while at < until:
-        (part,) = await store.load([Wanted(selection.stream, after=version, limit=_PAGE)])
-        version += len(part.records)
-        more = len(part.records) == _PAGE and (part.records[-1].position or 0) < until
-        found = [one for one in part.records if after < (one.position or 0) <= until]
-        at = max(at, part.records[-1].position or 0) if more else until
-        yield [one for one in found if selection.wants(one)], at
+        page = await store.read_all(after=at, limit=_PAGE, where=where)
+        if page.upto <= at:
+            return
+        at = min(page.upto, until)
+        yield [one for one in page.records if (one.position or 0) <= until], at
 
 
 def _chosen(done: Replayed, records: Sequence[Envelope], public: bool) -> Sequence[Envelope]:
