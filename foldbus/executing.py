@@ -17,7 +17,6 @@ log = logging.getLogger("foldbus.client")
 
 ATTEMPTS_MAX = 200
 _AT_ONCE = 3
-_BACKOFF_S = (0.001, 0.05)
 
 
 class Turns:
@@ -25,6 +24,11 @@ class Turns:
 
     def __init__(self) -> None:
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Keys of which somebody has the turn."""
+        return len(self._locks)
 
     @asynccontextmanager
     async def of(self, key: str) -> AsyncGenerator[None]:
@@ -45,8 +49,16 @@ class Executing:
     """Drives items through a processor until they are done. Raises what the handler raised, TooManyConflicts when
     other processes were quicker each time."""
 
-    def __init__(self, processor: Processor, *, clock: Clock, metrics: Metrics) -> None:
-        self._processor, self._clock, self._metrics = processor, clock, metrics
+    def __init__(
+        self,
+        processor: Processor,
+        *,
+        clock: Clock,
+        metrics: Metrics,
+        backoff_s: tuple[float, float] = (0.001, 0.05),
+    ) -> None:
+        """`backoff_s`: the first pause at most, and every pause at most."""
+        self._processor, self._clock, self._metrics, self._backoff_s = processor, clock, metrics, backoff_s
         self._turns = Turns()
         self._jitter = random.Random()
 
@@ -75,7 +87,7 @@ class Executing:
                     f"{item.envelope.type} for {item.envelope.key!r}", attempts=attempt, seconds=spent
                 )
             self._metrics.count("foldbus_executions_repeated_total")
-            least, most = _BACKOFF_S
+            least, most = self._backoff_s
             backoff = 0.0 if attempt < _AT_ONCE else self._jitter.uniform(0, min(most, least * 2**attempt))
             await asyncio.sleep(max(result.after_s, backoff))
 

@@ -154,8 +154,9 @@ class Process:
 
 def process(store: Store, of: Decider[Any, Any, Any] | None = None, **options: Any) -> Process:
     of = of or decider()
-    metrics, watched = MemoryMetrics(), Watched(store)
-    snapshots = Snapshotter([of], watched, clock=SystemClock(), metrics=metrics)  # type: ignore[arg-type]
+    metrics = MemoryMetrics()
+    watched: Any = Watched(store)
+    snapshots = Snapshotter([of], watched, clock=SystemClock(), metrics=metrics)
     processor = UnitProcessor(
         group="shop",
         consumer="shop",
