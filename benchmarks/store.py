@@ -8,6 +8,7 @@ peer that is not installed, or fails, has a row that says why.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -83,31 +84,35 @@ async def _set(dsn: str, settings: Sequence[str]) -> None:
 
 
 Measure = Callable[[Peer, int], Awaitable[float]]
+Figures = Callable[[int], Awaitable[float]]
 
 
 async def _compared(
-    setting: Setting, case: str, running: _Started, measure: Measure, more: Mapping[str, Variant] | None = None
+    setting: Setting, case: str, running: _Started, measure: Measure, more: Mapping[str, Figures] | None = None
 ) -> list[Row]:
-    """All that run, in turns; who fails in its first turn is absent from the others."""
+    """All that run, in turns. Whoever fails has no figures, but a note; the reference must not."""
     absent = dict(running.absent)
 
-    def variant(peer: Peer) -> Variant:
+    def kept(name: str, figures: Figures) -> Variant:
         async def measured(number: int) -> Mapping[str, float]:
-            return {"events/s": await measure(peer, number)}
+            if name not in absent:
+                try:
+                    return {"events/s": await figures(number)}
+                except PeerFailed as failure:
+                    if name == running.reference:
+                        raise
+                    absent[name] = str(failure)
+            return {"events/s": math.nan}
 
         return measured
 
-    variants: dict[str, Variant] = dict(more or {})
-    for name, peer in running.peers.items():
-        try:
-            await measure(peer, -1)  # and warm
-        except PeerFailed as failure:
-            if name == running.reference:
-                raise
-            absent[name] = str(failure)
-        else:
-            variants[name] = variant(peer)
-    rows = await compare(case, variants, floor=running.reference, rounds=setting.rounds)
+    def of(peer: Peer) -> Figures:
+        return lambda number: measure(peer, number)
+
+    figures = {name: of(peer) for name, peer in running.peers.items()} | dict(more or {})
+    variants = {name: kept(name, one) for name, one in figures.items()}
+    rows = await compare(case, variants, floor=running.reference, rounds=setting.rounds, warm_up=True)
+    rows = [row for row in rows if row.variant not in absent]
     return rows + [Row(case, name, "events/s", (), note=why) for name, why in absent.items()]
 
 
@@ -144,7 +149,7 @@ async def _appends(setting: Setting, settings: Sequence[str]) -> list[Row]:
 @asynccontextmanager
 async def _pgbench(
     setting: Setting, settings: Sequence[str]
-) -> AsyncIterator[Callable[[int, float], Awaitable[tuple[Mapping[str, Variant], str]]]]:
+) -> AsyncIterator[Callable[[int, float], Awaitable[tuple[Mapping[str, Figures], str]]]]:
     """What to compare for so many callers, or why there is nothing."""
     program = find_pgbench()
     async with setting.database() as dsn:
@@ -155,12 +160,12 @@ async def _pgbench(
         script: Path = setting.fresh() / "insert.sql"
         script.write_text(PGBENCH_SCRIPT)
 
-        async def variants(callers: int, seconds: float) -> tuple[Mapping[str, Variant], str]:
+        async def variants(callers: int, seconds: float) -> tuple[Mapping[str, Figures], str]:
             if program is None:
                 return {}, "not installed: pgbench is neither in PATH nor where Debian puts it"
 
-            async def measured(_: int) -> Mapping[str, float]:
-                return {"events/s": await pgbench(program, dsn, script, clients=callers, seconds=seconds)}
+            async def measured(_: int) -> float:
+                return await pgbench(program, dsn, script, clients=callers, seconds=seconds)
 
             return {PGBENCH: measured}, ""
 
