@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import weakref
 from collections.abc import Awaitable, Callable
 
 import asyncpg
@@ -28,14 +29,22 @@ _RECONNECT_S = 0.5
 
 class Watermark:
     """The highest position that is safe to read, shared: callers that come while one query is under way share the
-    next. It never goes back within a process. What was safe once stays safe, although the lowest lock may go back: an
-    appender that read the sequence early and locked late holds a low floor, but draws above everything drawn before.
+    next. It does not go back while the server lives. What was safe once stays safe, although the lowest lock may go
+    back: an appender that read the sequence early and locked late holds a low floor, but draws above everything drawn
+    before.
+
+    A crash of the server is another matter: a sequence is as durable as the last commit, so positions that were drawn
+    and rolled back, and that were passed here, may be drawn once more. A connection that was used for an earlier query
+    proves that there was no crash since; the answer of one that is new is taken as it is.
+
+    `query` answers safe, drawn, and the connection that it asked.
     """
 
-    def __init__(self, query: Callable[[], Awaitable[tuple[Position, Position]]]) -> None:
+    def __init__(self, query: Callable[[], Awaitable[tuple[Position, Position, object]]]) -> None:
         self._query = query
         self._turn = asyncio.Lock()
         self._asked = self._answered = 0
+        self._witnesses: weakref.WeakSet[object] = weakref.WeakSet()
         self.safe: Position = 0
         self.drawn: Position = 0
 
@@ -46,8 +55,12 @@ class Watermark:
         async with self._turn:
             if self._answered < mine:
                 covers = self._asked  # everybody who asked until now
-                safe, drawn = await self._query()
-                self.safe, self.drawn = max(self.safe, safe), max(self.drawn, drawn)
+                safe, drawn, witness = await self._query()
+                if witness in self._witnesses:
+                    safe, drawn = max(self.safe, safe), max(self.drawn, drawn)
+                else:
+                    self._witnesses.add(witness)
+                self.safe, self.drawn = safe, drawn
                 self._answered = covers
         return self.safe
 

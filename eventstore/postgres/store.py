@@ -411,9 +411,14 @@ class PostgresStore:
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
-    async def _query_watermark(self) -> tuple[Position, Position]:
-        row = await self._row(f"select safe, drawn from {self.schema}.watermark()")
-        return row["safe"], row["drawn"]
+    async def _query_watermark(self) -> tuple[Position, Position, object]:
+        async def ask() -> tuple[Position, Position, object]:
+            async with self.connection() as db:
+                sql = f"select safe, drawn from {self.schema}.watermark()"
+                row = cast("asyncpg.Record", await db.fetchrow(sql, timeout=self._timeout_s))
+                return row["safe"], row["drawn"], db
+
+        return await self._retried(ask, doing="ask for the watermark")
 
     async def _rows(self, sql: str, *arguments: Any) -> Sequence[asyncpg.Record]:
         async def ask() -> Sequence[asyncpg.Record]:

@@ -26,23 +26,26 @@ from tests.servers.postgres import INSTALL, _from_binaries, _from_wheel
 from tests.servers.program import Program, free_ports, listens
 
 
-@contextmanager
-def primary_and_standby() -> Iterator[tuple[str, str]]:
-    """DSNs of two servers of this machine's own programs, also where Docker answers: pg_basebackup must be at hand."""
+def own_server() -> Any:
+    """A server of this machine's own programs, also where Docker answers: to be copied, or stopped in parts. The caller
+    closes it."""
     tried: list[str] = []
     for way in (_from_binaries, _from_wheel):
         try:
-            primary = way()
+            return way()
         except Unavailable as closed:
             tried.append(str(closed))
-            continue
-        try:
-            with standby_of(primary) as standby:
-                yield primary.dsn, standby
-        finally:
-            primary.close()
-        return
-    raise MissingServer("PostgreSQL's own programs, for a standby", tried, install=INSTALL[:2])
+    raise MissingServer("PostgreSQL's own programs", tried, install=INSTALL[:2])
+
+
+@contextmanager
+def primary_and_standby() -> Iterator[tuple[str, str]]:
+    primary = own_server()
+    try:
+        with standby_of(primary) as standby:
+            yield primary.dsn, standby
+    finally:
+        primary.close()
 
 
 @contextmanager
