@@ -13,9 +13,10 @@ function never sees a datetime that an earlier one left behind, nor an object th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, cast
-from uuid import uuid5
+from uuid import UUID, uuid5
 
 from pydantic_core import from_json, to_json
 
@@ -133,12 +134,7 @@ class Upcasting:
                 raise UpcastFailed(f"{envelope.type} became more than {PARTS_MAX} messages, the last one {name}")
         kept = next((number for number, (name, _) in enumerate(parts) if name in names), 0)
         return [
-            replace(
-                envelope,
-                id=envelope.id if number == kept else uuid5(envelope.id, str(number)),
-                type=name,
-                data=data,
-            )
+            _part(envelope, envelope.id if number == kept else uuid5(envelope.id, str(number)), name, data)
             for number, (name, data) in enumerate(parts)
         ]
 
@@ -193,6 +189,18 @@ def _step(one: Upcaster, data: bytes) -> list[tuple[str, bytes]]:
             f"the upcaster of {one.source} (to {wanted}) failed: {type(error).__qualname__}: {error}"
         ) from error
     return made
+
+
+_FIELDS = [field.name for field in fields(Envelope)]
+_ID, _TYPE, _DATA = (_FIELDS.index(name) for name in ("id", "type", "data"))
+_values = attrgetter(*_FIELDS)
+
+
+def _part(envelope: Envelope, id: UUID, name: str, data: bytes) -> Envelope:
+    """`dataclasses.replace`, which looks at 22 fields one by one, was half the price of an old event."""
+    values = list(_values(envelope))
+    values[_ID], values[_TYPE], values[_DATA] = id, name, data
+    return Envelope(*values)
 
 
 def _parse(name: str, one: Upcaster) -> None:
