@@ -25,6 +25,7 @@ from eventstore.port import ANY, Append, Unit, Wanted
 from foldbus import (
     Command,
     Connection,
+    Context,
     Decider,
     Event,
     Key,
@@ -443,6 +444,45 @@ class TestASaga:
 
             found = await eventually(noted, lambda found: len(found) == 2)
             assert found == [b'{"order_id":"o1","note":""}', b'{"order_id":"o1","note":"thanks"}']
+
+
+class TestAHandler:
+    async def test_takes_old_events_part_by_part_and_old_commands(self, pair: Pair) -> None:
+        shop, seen = Shop(), list[str]()
+        name = unique("office")
+        placed, sent = shop.placed, shop.sent
+
+        class Stamp(Command[None], type=f"{name}.stamp.v2"):
+            paper: Key[str]
+            ink: str
+
+        class OldStamp(Command[None], type=f"{name}.stamp.v1"):
+            paper: Key[str]
+
+        async def note(event: Event, ctx: Context) -> None:
+            seen.append(type(event).__name__)
+
+        note.__annotations__["event"] = placed | sent
+
+        async def stamp(command: Stamp, ctx: Context) -> None:
+            seen.append(command.ink)
+
+        inked = upcast(f"{name}.stamp.v1", to=f"{name}.stamp.v2", by=lambda data: {**data, "ink": "red"})
+        office = Service(
+            name, handlers=[note, stamp], messages=[shop.paid], upcasters=[*shop.events, inked], partitions=2
+        )
+        async with pair.connect(shop.old) as connection:
+            await shop.live_through(connection)
+            async with pair.connect(office) as reader:
+                origin = Origin("caller", ids.new(), clock.now(), ids.new())
+                old = JsonCodec(Registry([OldStamp])).encode(OldStamp(paper="p"), origin, topic=f"{name}.commands")
+                await reader.transport.publish([to_record(old)])
+
+                async def all_seen() -> list[str]:
+                    return sorted(seen)
+
+                assert await eventually(all_seen, lambda found: len(found) >= 3) == ["Placed", "Sent", "red"]
+                assert await reader.store.dead_letters() == []
 
 
 def test_a_service_refuses_a_table_that_leads_nowhere() -> None:
