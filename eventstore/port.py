@@ -225,8 +225,9 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Which events of the log; all that is given must hold. `since` (inclusive) and `until` (exclusive) compare the
-    envelope's time, which its writer's clock set: it need not rise with positions."""
+    """Which events of the log; all that is given must hold. A type like `orders.order-placed.v*` stands for all its
+    versions. `since` (inclusive) and `until` (exclusive) compare the envelope's time, which its writer's clock set: it
+    need not rise with positions."""
 
     types: frozenset[str] | None = None
     categories: frozenset[str] | None = None

@@ -67,11 +67,20 @@ def check_version(stream: StreamId, version: Version) -> None:
         )
 
 
+def any_version(type_name: str) -> str:
+    """`orders.order-placed.v*` for every version of it."""
+    return type_name.rstrip("0123456789") + "*"
+
+
+def asks_for_any_version(where: Where) -> bool:
+    return any(name.endswith(".v*") for name in where.types or ())
+
+
 def matches(where: Where, record: Envelope) -> bool:
     """Is this stored event one of those?"""
     stream = record.stream
     return (
-        (where.types is None or record.type in where.types)
+        (where.types is None or record.type in where.types or any_version(record.type) in where.types)
         and (where.categories is None or (stream is not None and stream.category in where.categories))
         and (where.stream is None or stream == where.stream)
         and (where.correlation_id is None or record.correlation_id == where.correlation_id)
@@ -82,4 +91,4 @@ def matches(where: Where, record: Envelope) -> bool:
 
 _ALL = Where()
 
-__all__ = ["SPAN", "Span", "check_version", "check_where", "matches", "span"]
+__all__ = ["SPAN", "Span", "asks_for_any_version", "check_version", "check_where", "matches", "span"]

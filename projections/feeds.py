@@ -24,7 +24,7 @@ from bus.registry import Registry
 from bus.seams import Clock, SystemClock
 from bus.transport import Consumer, Delivery, Headers, Transport
 from eventstore.errors import WrongEpoch
-from eventstore.port import Page
+from eventstore.port import Page, Where
 from projections.definition import Projection
 from projections.port import LOG, BadRecord, Checkpoint, Feed, FeedPage, FeedRecord, Place, Row
 
@@ -39,7 +39,7 @@ class Log(Protocol):
 
     epoch: int
 
-    async def read_all(self, *, after: Position, limit: int) -> Page: ...
+    async def read_all(self, *, after: Position, limit: int, where: Where | None = None) -> Page: ...
 
     async def wait_past(self, position: Position, *, timeout_s: float) -> None: ...
 
@@ -62,6 +62,10 @@ class Wanted:
         known = type_name in registry.types or type_name in registry.upcasting
         return type_name.rpartition(".v")[0] in self._bases and not known
 
+    def where(self) -> Where:
+        """What a log is asked for: all that is wanted, and little else."""
+        return Where(types=self._names | {f"{base}.v*" for base in self._bases})
+
     def skipped(self, source: str, reasons: Counter[str]) -> None:
         for reason, n in reasons.items():
             self._metrics.count(
@@ -74,12 +78,15 @@ class LogFeed:
     """The own log: `offset` and `position` are the page's watermark, which no event appears below any more.
 
     Rows and log live in one database and are restored together, so a checkpoint of a lower epoch is good. One of a
-    higher epoch, or beyond what the log has drawn, is refused (WrongEpoch, CheckpointAhead), not waited on."""
+    higher epoch, or beyond what the log has drawn, is refused (WrongEpoch, CheckpointAhead), not waited on.
+
+    The database leaves out what is not named; the positions passed over so (other events, outgoing messages, what was
+    rolled back) are counted as skipped for `position`."""
 
     sources = frozenset({LOG})
 
     def __init__(self, store: Log, wanted: Wanted) -> None:
-        self._store, self._wanted = store, wanted
+        self._store, self._wanted, self._where = store, wanted, wanted.where()
 
     async def read(self, after: Checkpoint, *, limit: int, timeout_s: float = 0.0) -> FeedPage:
         place = after.places.get((LOG, 0), Place())
@@ -89,15 +96,15 @@ class LogFeed:
                 "it is an older one, and what it will write would be skipped; nothing was read"
             )
         at = place.position
-        page = await self._store.read_all(after=at, limit=limit)
+        page = await self._store.read_all(after=at, limit=limit, where=self._where)
         if page.upto <= at and timeout_s > 0:
             await self._store.wait_past(at, timeout_s=timeout_s)
-            page = await self._store.read_all(after=at, limit=limit)
+            page = await self._store.read_all(after=at, limit=limit, where=self._where)
         wanted = self._wanted
         records = [FeedRecord(envelope) for envelope in page.records if wanted(envelope.type)]
-        if len(records) < len(page.records):
-            wanted.skipped(LOG, Counter(type=len(page.records) - len(records)))
         upto = max(page.upto, at)
+        passed = upto - at - len(page.records)
+        wanted.skipped(LOG, +Counter(type=len(page.records) - len(records), position=passed))
         places = {**after.places, (LOG, 0): Place(upto, self._store.epoch, upto)}
         return FeedPage(records, replace(after, places=places), max(0, page.head - upto))
 

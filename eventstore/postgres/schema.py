@@ -18,7 +18,7 @@ from eventstore.errors import EventStoreError, SchemaMismatch
 from eventstore.postgres.errors import DRIVER_ERRORS, Trouble, kind, translated
 from eventstore.postgres.pool import url
 
-HEAD = "0005"
+HEAD = "0006"
 """The migration that this code works with."""
 
 MIGRATIONS = Path(__file__).with_name("migrations")

@@ -25,7 +25,7 @@ def page(connection: sqlite3.Connection, where: Where, *, after: Position, limit
     conditions, values = ["e.position > ?", "e.position <= ?"], [span.after, span.upto]
     for condition, value in _conditions(where):
         conditions.append(condition)
-        values.append(value)
+        values += [value] * condition.count("?")
     found = connection.execute(
         f"SELECT s.category, s.id, {_COLUMNS} "
         "FROM foldbus_events e CROSS JOIN foldbus_streams s ON s.number = e.stream "
@@ -36,9 +36,13 @@ def page(connection: sqlite3.Connection, where: Where, *, after: Position, limit
 
 
 def _conditions(where: Where) -> list[tuple[str, Any]]:
+    """SQL, and the value of all its parameters."""
     found: list[tuple[str, Any]] = []
     if where.types is not None:
-        found.append(("e.type IN (SELECT value FROM json_each(?))", json.dumps(sorted(where.types))))
+        condition = "e.type IN (SELECT value FROM json_each(?))"
+        if selecting.asks_for_any_version(where):
+            condition = f"({condition} OR rtrim(e.type, '0123456789') || '*' IN (SELECT value FROM json_each(?)))"
+        found.append((condition, json.dumps(sorted(where.types))))
     if where.since is not None:
         found.append(("e.time >= ?", rows.micros(where.since)))
     if where.until is not None:
@@ -47,8 +51,8 @@ def _conditions(where: Where) -> list[tuple[str, Any]]:
         found.append(("s.category IN (SELECT value FROM json_each(?))", json.dumps(sorted(where.categories))))
     if where.correlation_id is not None:
         # Most rows are told apart without parsing them.
-        found.append(("instr(e.meta, ?) > 0", where.correlation_id.hex))
-        found.append(("json_extract(e.meta, '$.correlation') = ?", where.correlation_id.hex))
+        condition = "instr(e.meta, ?) > 0 AND json_extract(e.meta, '$.correlation') = ?"
+        found.append((condition, where.correlation_id.hex))
     return found
 
 
