@@ -177,7 +177,7 @@ class Connection:
                 reply = await asyncio.shield(answer)
         except TimeoutError:
             self.metrics.count("foldbus_unknown_outcomes_total")
-            raise OutcomeUnknown(message_id, why=_no_answer(timeout_s, owner)) from None
+            raise OutcomeUnknown(message_id, why=_no_answer(timeout_s, where.rpartition(".")[0])) from None
         except TransportUnavailable as error:
             self.metrics.count("foldbus_unknown_outcomes_total")
             raise OutcomeUnknown(message_id, why=f"the broker does not answer: {error}") from error

@@ -164,6 +164,8 @@ async def _send(
     async with attached(service, chosen) as connection:
         found = describe(await _load(connection, text))
         id, definition = UUID(found.id), found.definition
+        if found.status.ended:  # for good: no worker need be asked
+            return id, Refused(f"the saga is {found.status}, nothing to {'cancel' if cancel else 'retry'}")
         by = getpass.getuser()
         command: Command[None] = (
             CancelSaga(saga_id=id, definition=definition, by=by)

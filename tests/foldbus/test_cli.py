@@ -117,7 +117,7 @@ class TestItsPage:
     text = (ROOT / "docs" / "cli.md").read_text()
 
     def test_names_every_command_and_no_other(self) -> None:
-        named = set(re.findall(r"foldbus ((?:db|topics|saga|projection|dlq) [a-z-]+|[a-z]+)\b", self.text))
+        named = set(re.findall(r"foldbus ((?:db|topics|saga|projection|dlq|schema|store) [a-z-]+|[a-z]+)\b", self.text))
         assert named == set(_commands(typer.main.get_command(program)))
 
     def test_names_every_variable(self) -> None:
@@ -396,6 +396,16 @@ class TestSagas:
         said = desk.cli("saga retry", one["saga_id"], "--timeout", "0.2")
         assert said.code == 2
         assert "unknown" in said.err
+        assert "is a worker of 'desk' running" in said.err
+
+    def test_that_have_ended_are_refused_without_a_worker(self, desk: Desk) -> None:
+        desk.open(1)
+        with desk.working():
+            eventually(lambda: _sagas(desk), {"t1": "completed"})
+        for verb in ("retry", "cancel --yes"):
+            said = desk.cli(f"saga {verb}", "t1", "--timeout", "0.2")
+            assert said.code == 1
+            assert f"the saga is completed, nothing to {verb.split()[0]}" in said.err
 
 
 def _sagas(desk: Desk) -> dict[str, str]:
