@@ -76,5 +76,14 @@ class StreamTruncated(EventStoreError):
     """The stream's first events were deleted: it loads from its snapshot, and no further back than that."""
 
 
+class NoSuchStream(EventStoreError):
+    """There is no stream of that name. Nothing was changed."""
+
+
+class NotSeen(EventStoreError):
+    """Events that somebody has not read yet were to be taken out of the log. Nothing was changed: wait for the relay
+    and the projections, and try again."""
+
+
 class NotTruncated(EventStoreError):
     """No snapshot holds what the events to be deleted folded to. Nothing was deleted."""

@@ -406,25 +406,36 @@ class Snapshots(Protocol):
 
 
 class Archive(Protocol):
-    """What takes events out of the log again; never by itself."""
+    """What takes events out of the log again; never by itself.
 
-    async def archive(self, stream: StreamId, *, expected: Version) -> StreamInfo:
-        """Closes a stream for good and sets its events aside: no append succeeds any more, its id is not used again,
-        the log and `load` no longer have them, `read` gives them. A second call changes nothing.
-        Raises WrongExpectedVersion."""
+    `seen` is the lowest checkpoint of everybody who must have read an event before it goes (the relay, projections over
+    the own log): checkpoints only grow, so the caller asks for them first. An event above it raises NotSeen. A stream
+    that there is not raises NoSuchStream. An append that is repeated (see Outcome) after its events left the log is
+    answered with CONFLICT.
+    """
+
+    async def archive(self, stream: StreamId, *, expected: Version, seen: Position) -> StreamInfo:
+        """Closes a stream and sets its events aside: `commit` answers CONFLICT to appends and asserts, ANY included,
+        `load` and `read_stream` raise StreamArchived, `read_all` passes over its positions, `read` gives its events.
+        A second call changes nothing. Raises WrongExpectedVersion."""
         ...
 
     async def restore(self, stream: StreamId) -> StreamInfo:
-        """The inverse: events come back at their old positions, seen by who reads from below them."""
+        """The inverse: events come back at their old positions. Who has passed those does not see them again. A second
+        call changes nothing."""
         ...
 
-    async def truncate(self, stream: StreamId, *, upto: Version) -> StreamInfo:
-        """Deletes the events at or below version `upto`, for good. Refused (NotTruncated) unless a snapshot at or above
-        `upto` holds what they folded to."""
+    async def truncate(
+        self, stream: StreamId, *, upto: Version, seen: Position, schema: str | None = None
+    ) -> StreamInfo:
+        """Deletes the events at or below version `upto`, for good. Refused (NotTruncated) unless a snapshot, of that
+        schema if one is given, at or above `upto` holds what they folded to. That snapshot is kept from then on until
+        a later one replaces it; code of another schema cannot load the stream any more. A second call changes nothing.
+        Raises StreamArchived."""
         ...
 
     async def read(self, stream: StreamId, *, after: Version = 0, limit: int = 1000) -> Slice:
-        """Archived events."""
+        """Archived events, and the stream's version; no events when it is not archived."""
         ...
 
 

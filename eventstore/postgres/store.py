@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from bus.envelope import Envelope, Failure, Offset, Position, StreamId, Version
 from bus.metrics import MemoryMetrics, Metrics
 from bus.seams import Clock, Ids, SystemClock
-from eventstore import rows
+from eventstore import rows, selecting
 from eventstore.checks import check_units
 from eventstore.errors import BadUnit, EventStoreError, StoreUnavailable
 from eventstore.port import (
@@ -44,6 +44,7 @@ from eventstore.port import (
     Where,
 )
 from eventstore.postgres import feed, schema
+from eventstore.postgres.archive import PostgresArchive
 from eventstore.postgres.coalescer import FLUSHERS, Asked, Coalescer
 from eventstore.postgres.errors import DRIVER_ERRORS, Trouble, kind, translated
 from eventstore.postgres.leases import PostgresLeases
@@ -98,6 +99,7 @@ class PostgresStore:
         self.leases = PostgresLeases(self._row, self.schema, clock, metrics)
         self.timers = PostgresTimers(self._rows, self.schema, clock)
         self.snapshots = PostgresSnapshots(self._rows, self.schema)
+        self.archive = PostgresArchive(self.connection, self.schema)
         self._reading = PostgresReading(self._rows, self.schema, self._watermark)
         # A flush that is slow lends its place, but others than `commit` want connections too.
         self._coalescer = Coalescer(
@@ -341,6 +343,8 @@ class PostgresStore:
             elif version is not None:
                 one = wanted[place]
                 snapshots[place] = Snapshot(one.stream, version, str(one.snapshot_schema), data, time)
+        for one, version in zip(wanted, versions, strict=True):
+            selecting.check_version(one.stream, version)
         return [
             Slice(one.stream, version, events, snapshot)
             for one, version, events, snapshot in zip(wanted, versions, records, snapshots, strict=True)

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from bus.envelope import Envelope, Offset, Position, StreamId
-from eventstore import rows
+from eventstore import rows, selecting
 from eventstore.port import ClaimState, DeadLetter, Page, Slice, Standing, Wanted
 from eventstore.sqlite import snapshots
 from eventstore.sqlite.session import DriverSession, Session
@@ -40,6 +40,7 @@ def load(connection: sqlite3.Connection, wanted: Sequence[Wanted]) -> list[Slice
     slices: list[Slice] = []
     for one in wanted:
         number, version = known.get(one.stream, (0, 0))
+        selecting.check_version(one.stream, version)
         records: list[Envelope] = []
         after, snapshot = one.after, None
         if one.snapshot_schema is not None and version > after:

@@ -33,6 +33,7 @@ from eventstore import rows
 from eventstore.checks import check_units
 from eventstore.errors import CheckpointAhead, EventStoreError
 from eventstore.port import (
+    Archive,
     Claim,
     DeadLetter,
     Leases,
@@ -52,6 +53,7 @@ from eventstore.port import (
 )
 from eventstore.selecting import check_where
 from eventstore.sqlite import choosing, migrations, reading
+from eventstore.sqlite.archive import SqliteArchive
 from eventstore.sqlite.database import Mergeable, SqliteDatabase
 from eventstore.sqlite.faults import is_busy, translated
 from eventstore.sqlite.leases import SqliteLeases
@@ -89,6 +91,7 @@ class SqliteStore:
         self._leases = SqliteLeases(database, clock, metrics)
         self._timers = SqliteTimers(database, clock)
         self._snapshots = SqliteSnapshots(database)
+        self._archive = SqliteArchive(database, clock)
         self._engine: AsyncEngine | None = None
         self._random = random.Random()
 
@@ -261,6 +264,10 @@ class SqliteStore:
     @property
     def snapshots(self) -> Snapshots:
         return self._snapshots
+
+    @property
+    def archive(self) -> Archive:
+        return self._archive
 
     # --- transactions ------------------------------------------------------------------------------------------------
 
