@@ -76,6 +76,10 @@ def document(service: Service) -> dict[str, Any]:
             }
             for one in all_projections(service)
         ],
+        "upcasters": [
+            {"type": source, "read_as": list(targets)}
+            for source, targets in service.registry.upcasting.table.items()
+        ],
     }  # fmt: skip
 
 
@@ -102,5 +106,7 @@ def _show(found: dict[str, Any]) -> None:
         print(f"\nprojection {one['name']} v{one['version']}, view {one['view']} ({', '.join(one['columns'])})")
         for source, types in one["sources"].items():
             print(f"  reads {'the own log' if source == 'log' else source}: {', '.join(types)}")
+    for one in found["upcasters"]:
+        print(f"\nreads {one['type']} as {', '.join(one['read_as']) or 'nothing'}")
     if found["foreign_topics"]:
         print(f"\nneeds from others: {', '.join(found['foreign_topics'])}")

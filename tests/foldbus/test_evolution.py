@@ -37,6 +37,7 @@ from foldbus import (
     split_event,
     upcast,
 )
+from foldbus.cli import describe
 from sagas import saga_id
 from tests.eventstore.stores import whole_log
 from tests.stories.conftest import PAIRS
@@ -483,6 +484,16 @@ class TestAHandler:
 
                 assert await eventually(all_seen, lambda found: len(found) >= 3) == ["Placed", "Sent", "red"]
                 assert await reader.store.dead_letters() == []
+
+
+def test_describe_tells_what_old_types_are_read_as(capsys: pytest.CaptureFixture[str]) -> None:
+    shop = Shop()
+    found = describe.document(shop.new)
+    told = {one["type"]: one["read_as"] for one in found["upcasters"]}
+    assert told[shop.v1] == [shop.v2]
+    assert told[shop.touched] == []
+    describe._show(found)  # pyright: ignore[reportPrivateUsage]
+    assert f"reads {shop.touched} as nothing" in capsys.readouterr().out
 
 
 def test_a_service_refuses_a_table_that_leads_nowhere() -> None:
