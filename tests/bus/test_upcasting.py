@@ -403,6 +403,7 @@ async def test_a_split_event_is_done_when_all_its_parts_are() -> None:
     old = stored(CLOSED, {"order_id": "o1"})
     assert await world.process(old) == [Done()]
     assert [(one.type, one.id) for one in world.inner.seen] == [(PAID, old.id), (SENT, uuid5(old.id, "1"))]
+    assert world.inner.marks == {("t", 0): 3}
     world.inner.answers[uuid5(old.id, "1")] = Again(after_s=2.0)
     assert await world.process(old) == [Again(after_s=2.0)]
     assert world.items[0].examine
