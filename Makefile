@@ -12,6 +12,8 @@
 BIN := .venv/bin
 STAMP := .venv/.stamp
 SOAK_S ?= 60
+STORE_SOAK_S ?= 600
+STORE_SOAK_EVENTS ?= 1000000
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -41,6 +43,7 @@ bench-peers: $(STAMP) servers
 
 soak: $(STAMP) servers
 	$(BIN)/python -m benchmarks.soak --seconds $(SOAK_S)
+	$(BIN)/python -m benchmarks.store_soak --seconds $(STORE_SOAK_S) --events $(STORE_SOAK_EVENTS)
 
 env: $(STAMP)
 
