@@ -9,8 +9,10 @@ Each call is answered as if it had come alone (`commit_calls` judges call by cal
 may be one caller's (a value that the database cannot hold), nothing was written, and each is tried alone. When the
 connection is lost, every caller is told that the outcome is unknown.
 
-A flush that waits for somebody's lock would hold up calls that want none of it. So a flusher that is slow lends its
-place to another one, up to a bound.
+A flush that waits for somebody's lock would hold up calls that want none of it, and might wait for ever: whoever holds
+the lock may be waiting for one of those calls, which no database can see. So calls that share a statement wait for
+locks for a moment only; then nothing was written and each is tried apart, at first for a moment again, so that those
+that are free go ahead of those that are not. And a flusher that is slow lends its place to another one, up to a bound.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bus.metrics import Metrics
 from bus.seams import Clock
@@ -32,8 +35,10 @@ UNITS_MAX, EVENTS_MAX, BYTES_MAX = 256, 1024, 1024 * 1024
 """Of one flush, together. A call with more than half of any of them goes alone, on a connection of its own."""
 FLUSHERS = 2
 """Connections that flush side by side: one is filled in Python while the other one is at work in the database."""
-PATIENCE_S = 0.25
-"""After which a flusher that has no answer lends its place."""
+
+
+class LocksHeld(EventStoreError):
+    """Calls that share a statement did not get their locks in time: nothing was written."""
 
 
 @dataclass(slots=True, eq=False)
@@ -72,10 +77,12 @@ class Coalescer:
         clock: Clock,
         wait_s: float,
         flushers: int = FLUSHERS,
-        lent_max: int = 0,
-        patience_s: float = PATIENCE_S,
+        lent_max: int,
+        apart_max: int,
+        patience_s: float,
     ) -> None:
-        """`wait_s` bounds how long a call queues; `lent_max` how many flushers come on top while others are slow."""
+        """`wait_s` bounds how long a call queues; `lent_max` how many flushers come on top while others are slower than
+        `patience_s`; `apart_max` how many calls wait for locks apart."""
         self._alone, self._together = alone, together
         self._metrics, self._clock = metrics, clock
         self._wait_s, self._patience_s = wait_s, patience_s
@@ -85,6 +92,8 @@ class Coalescer:
         self._flushes: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._closing = False
+        # Two gates: who may be free must not stand behind those that are known not to be.
+        self._tries, self._waits = asyncio.Semaphore(apart_max), asyncio.Semaphore(apart_max)
 
     async def commit(self, units: Sequence[Unit], watermarks: Sequence[Watermark]) -> Sequence[Outcome]:
         """As `Store.commit`. A caller that is cancelled while it queues has written nothing; later it does not know."""
@@ -154,9 +163,12 @@ class Coalescer:
     def _go_on(self) -> None:
         while self._free > 0 and self._waiting:
             # Taken at once and not by the task when it comes to run: until then others would go straight past.
-            task = asyncio.create_task(self._flush(self._take()), name="flush commits")
-            self._flushes.add(task)
-            task.add_done_callback(self._flushes.discard)
+            self._begin(self._flush(self._take()))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="flush commits")
+        self._flushes.add(task)
+        task.add_done_callback(self._flushes.discard)
 
     async def _flush(self, place: _Place) -> None:
         batch = self._next_batch()
@@ -199,9 +211,15 @@ class Coalescer:
         self._metrics.count("foldbus_store_batched_calls_total", len(batch), store="postgres")
         try:
             answers = await self._together(batch)
+        except LocksHeld as error:
+            self._metrics.count("foldbus_store_batches_held_total", store="postgres")
+            log.info("%d calls found a lock held and are tried apart: %s", len(batch), error)
+            for asked in batch:
+                self._running += 1
+                self._begin(self._answer_apart(asked))
         except (StoreUnavailable, SchemaMismatch) as error:
             for asked in batch:
-                _fail(asked, error)
+                _fail(asked, _own(error))
         except Exception as error:  # one of them is at fault, and only that one shall hear of it
             self._metrics.count("foldbus_store_batches_split_total", store="postgres")
             log.warning("%d calls failed together and are tried one by one: %r", len(batch), error)
@@ -209,8 +227,26 @@ class Coalescer:
                 await self._answer_alone(asked)
         else:
             for asked, outcomes in zip(batch, answers, strict=True):
-                if not asked.done.done():
-                    asked.done.set_result(outcomes)
+                _succeed(asked, outcomes)
+
+    async def _answer_apart(self, asked: Asked) -> None:
+        try:
+            async with self._tries:
+                try:
+                    (outcomes,) = await self._together([asked])
+                except LocksHeld:
+                    pass
+                except Exception as error:
+                    return _fail(asked, error)
+                else:
+                    return _succeed(asked, outcomes)
+            async with self._waits:
+                await self._answer_alone(asked)
+        except BaseException:  # the event loop ends
+            asked.done.cancel()
+            raise
+        finally:
+            self._give_back(_Place())
 
     async def _answer_alone(self, asked: Asked) -> None:
         if asked.done.done():
@@ -218,11 +254,9 @@ class Coalescer:
         try:
             outcomes = await self._alone(asked.units, asked.watermarks)
         except Exception as error:
-            if not asked.done.done():
-                asked.done.set_exception(error)
+            _fail(asked, error)
         else:
-            if not asked.done.done():
-                asked.done.set_result(outcomes)
+            _succeed(asked, outcomes)
 
 
 def _size(units: Sequence[Unit]) -> tuple[int, int]:
@@ -242,10 +276,18 @@ def _size(units: Sequence[Unit]) -> tuple[int, int]:
     return events, bytes
 
 
-def _fail(asked: Asked, error: StoreUnavailable | SchemaMismatch) -> None:
-    """With an error of its own: one that several raised would gather all their tracebacks."""
-    if asked.done.done():
-        return
+def _succeed(asked: Asked, outcomes: Sequence[Outcome]) -> None:
+    if not asked.done.done():
+        asked.done.set_result(outcomes)
+
+
+def _fail(asked: Asked, error: Exception) -> None:
+    if not asked.done.done():
+        asked.done.set_exception(error)
+
+
+def _own(error: StoreUnavailable | SchemaMismatch) -> Exception:
+    """For one of several that it concerns: an error that all raised would gather all their tracebacks."""
     own = type(error)(*error.args)
     own.__cause__ = error.__cause__ or error
-    asked.done.set_exception(own)
+    return own

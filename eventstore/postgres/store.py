@@ -45,7 +45,7 @@ from eventstore.port import (
 )
 from eventstore.postgres import feed, schema
 from eventstore.postgres.archive import PostgresArchive
-from eventstore.postgres.coalescer import FLUSHERS, Asked, Coalescer
+from eventstore.postgres.coalescer import FLUSHERS, Asked, Coalescer, LocksHeld
 from eventstore.postgres.errors import DRIVER_ERRORS, Trouble, kind, translated
 from eventstore.postgres.leases import PostgresLeases
 from eventstore.postgres.pool import Pool, driver_dsn, make_engine
@@ -85,6 +85,7 @@ class PostgresStore:
         metrics: Metrics,
         pool_size: int,
         timeout_s: float,
+        patience_s: float,
     ) -> None:
         self.service = service
         self.schema = schema.schema_of(service)
@@ -110,8 +111,15 @@ class PostgresStore:
             wait_s=timeout_s,
             flushers=min(FLUSHERS, pool_size),
             lent_max=max(0, pool_size // 2 - FLUSHERS),
+            apart_max=max(1, pool_size // 2 - 1),
+            patience_s=patience_s,
         )
         self._commit_sql = f"select * from {self.schema}.commit_calls({_places(ARGUMENTS)})"
+        # Local to the statement, which is a transaction of its own. It hangs on an argument, so that it comes first.
+        self._commit_together_sql = (
+            f"select c.* from set_config('lock_timeout', '{round(patience_s * 1000)}', true) as s, "
+            f"lateral {self.schema}.commit_calls($1 and s is not null{_places(ARGUMENTS)[2:]}) as c"
+        )
         self._commit_one_sql = f"select * from {self.schema}.commit_one({_places(LEAN_ARGUMENTS)})"
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -128,16 +136,25 @@ class PostgresStore:
         metrics: Metrics | None = None,
         pool_size: int = 10,
         timeout_s: float = 30.0,
+        patience_s: float = 0.25,
     ) -> AsyncGenerator[PostgresStore, None]:
         """Raises SchemaMismatch when the database is not what this code works with, StoreUnavailable when it does not
         answer. `timeout_s` bounds each call to the database and the wait for a connection. One more connection than
-        `pool_size` listens for other processes' commits."""
+        `pool_size` listens for other processes' commits. `patience_s` bounds how long calls that share a
+        statement wait for a lock together (then each waits alone), and when a slow flush makes room for another."""
         del ids  # nothing here needs new ids
         clock = clock or SystemClock()
         metrics = metrics or MemoryMetrics()
         engine = make_engine(dsn, service=service, pool_size=pool_size, timeout_s=timeout_s)
         store = cls(
-            engine, dsn, service=service, clock=clock, metrics=metrics, pool_size=pool_size, timeout_s=timeout_s
+            engine,
+            dsn,
+            service=service,
+            clock=clock,
+            metrics=metrics,
+            pool_size=pool_size,
+            timeout_s=timeout_s,
+            patience_s=patience_s,
         )
         listening: asyncio.Task[None] | None = None
         try:
@@ -217,8 +234,13 @@ class PostgresStore:
 
     async def _commit_call(self, call: Call) -> Sequence[Outcome]:
         async def act() -> Sequence[Outcome]:
-            async with self.connection() as db:
-                return await self._call(db, call)
+            try:
+                async with self.connection() as db:
+                    return await self._call(db, call)
+            except asyncpg.LockNotAvailableError as error:
+                if not call.impatient:
+                    raise
+                raise LocksHeld(f"waited for a lock of somebody else; nothing was written: {error}") from error
 
         outcomes = await self._retried(act, doing="commit")
         if any(outcome.verdict is Verdict.COMMITTED for outcome in outcomes):
@@ -226,12 +248,13 @@ class PostgresStore:
         return outcomes
 
     async def _call(self, db: Driver, call: Call) -> Sequence[Outcome]:
-        if (lean := call.lean_arguments()) is not None:
+        if not call.impatient and (lean := call.lean_arguments()) is not None:
             answer = cast("asyncpg.Record", await db.fetchrow(self._commit_one_sql, *lean, timeout=self._timeout_s))
             if answer["written"]:
                 return [call.lean_outcome(answer["at"])]
         arguments = call.arguments()
-        answer = cast("asyncpg.Record", await db.fetchrow(self._commit_sql, *arguments, timeout=self._timeout_s))
+        sql = self._commit_together_sql if call.impatient else self._commit_sql
+        answer = cast("asyncpg.Record", await db.fetchrow(sql, *arguments, timeout=self._timeout_s))
         outcomes = call.outcomes(answer)
         if answer["verdicts"] is not None:
             await self._answer_duplicates(db, call.units, outcomes)

@@ -39,7 +39,8 @@ _NO_ROW = (None,) * 7
 
 
 class Call:
-    """The rows of one statement. `lengths`: how many units each of the calls has that share it (None: one call)."""
+    """The rows of one statement. `lengths`: how many units each of the calls has that share it (None: one call, which
+    waits for locks as long as it takes; calls that share are `impatient`)."""
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class Call:
         self.units, self.watermarks = units, watermarks
         self._service, self._epoch = service, epoch
         self._lengths = (len(units),) if lengths is None else lengths
+        self.impatient = lengths is not None
         self._plain = True
         self._ids: dict[tuple[str, int], tuple[str, UUID, str, int, bool]] = {}
         self._streams: dict[tuple[str, str], tuple[int, int]] = {}  # version before the first, after the last

@@ -19,6 +19,7 @@ versions), it is COMMITTED with its first result and writes nothing.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -120,7 +121,7 @@ def commit_calls(session: Session, calls: Sequence[Call], *, service: str, epoch
         outcomes.append([commit.judge(unit) for unit in call.units])
     try:
         commit.write([mark for call in calls for mark in call.watermarks])
-    except OverflowError as error:
+    except (OverflowError, sqlite3.ProgrammingError, sqlite3.InterfaceError) as error:  # it cannot be bound
         raise BadUnit(f"the database cannot hold a value of these units: {error}; nothing was written") from error
     return [Written(judged, commit.head) for judged in outcomes]
 

@@ -29,6 +29,7 @@ from tests.eventstore.stores import (
     append,
     claim,
     commit,
+    event,
     message,
     one,
     reply,
@@ -110,13 +111,13 @@ class Subject:
 @pytest_asyncio.fixture
 async def subject(backend: Backend) -> AsyncIterator[Subject]:
     metrics = MemoryMetrics()
-    # With so few connections a flusher that waits does not lend its place: what queues stays in the queue.
+    # A flusher that waits does not lend its place: what queues stays in the queue.
     async with backend.open(metrics=metrics, **few(backend)) as store, backend.open() as twin:
         yield Subject(backend, store, twin, metrics)
 
 
 def few(backend: Backend) -> dict[str, Any]:
-    return {"pool_size": 4} if backend.name == "postgres" else {}
+    return {"patience_s": 60} if backend.name == "postgres" else {}
 
 
 def created(name: str, **options: Any) -> Unit:
@@ -189,6 +190,7 @@ async def test_an_append_repeated_by_a_second_caller_in_a_flush_answers_the_firs
     assert await first == await second
     assert subject.together == 2
     assert await version(subject.store, "a") == 2
+    assert await version(subject.store, "bad") == 0
 
 
 async def test_a_loser_takes_along_followers_in_its_own_call_and_nobody_elses(subject: Subject) -> None:
@@ -262,12 +264,12 @@ async def test_random_calls_in_one_flush_are_answered_as_one_after_the_other(
 
 
 async def test_a_value_that_cannot_be_stored_hurts_only_its_own_caller(subject: Subject) -> None:
-    """Nothing shows before the database is asked; the flush fails, and each call is tried alone."""
-    bad_mark = Watermark("g", "t", 2**70, 1)
+    """Nothing shows before the driver looks at it; the flush fails, and each call is tried alone."""
+    no_bytes = event("bad", data=["no bytes"])  # type: ignore[arg-type]
     async with subject.gathering() as ask:
         before, bad, after = (
             ask([created("a", reply=reply())]),
-            ask([created("bad")], watermarks=[bad_mark]),
+            ask([Unit(claim=claim(key="bad"), appends=(append("bad", 0, no_bytes),))]),
             ask([created("b"), Unit(appends=(append("a", 1),))]),
         )
     assert verdicts([*await before, *await after]) == ["ok"] * 3

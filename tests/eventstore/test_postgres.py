@@ -50,7 +50,7 @@ def metrics() -> MemoryMetrics:
 @pytest_asyncio.fixture
 async def store(database: str, metrics: MemoryMetrics) -> AsyncIterator[PostgresStore]:
     await PostgresStore.migrate(database, service=SERVICE)
-    async with PostgresStore.open(database, service=SERVICE, metrics=metrics, pool_size=4) as opened:
+    async with PostgresStore.open(database, service=SERVICE, metrics=metrics, pool_size=4, patience_s=60) as opened:
         yield opened
 
 
@@ -265,7 +265,8 @@ async def test_flushes_of_two_processes_with_streams_in_opposite_order_do_not_de
 ) -> None:
     """Both are held at the stream in the middle, by when each would have its first one and want the other's."""
     names = ["s-0", "s-1", "s-2"]
-    async with PostgresStore.open(database, service=SERVICE, metrics=metrics, pool_size=4) as other:
+    options = {"metrics": metrics, "pool_size": 4, "patience_s": 60}
+    async with PostgresStore.open(database, service=SERVICE, **options) as other:
         async with store.transaction() as middle:
             await store.commit([Unit(appends=(append(names[1], 0),))], tx=middle)
             async with store.transaction() as first:
@@ -290,6 +291,22 @@ async def test_flushes_of_two_processes_with_streams_in_opposite_order_do_not_de
     assert metrics.total("foldbus_store_errors_total") == 0, metrics.counters
     assert sorted(verdicts(found)) == ["conflict"] * 3 + ["ok"] * 3
     assert [await version(store, name) for name in names] == [1] * 3
+
+
+async def test_callers_that_want_no_lock_are_not_held_up_by_one_in_their_flush_that_waits_for_it(
+    store: PostgresStore, database: str, metrics: MemoryMetrics
+) -> None:
+    """Whoever holds the lock may be waiting for them: no database sees such a deadlock."""
+    store._commit_together_sql = store._commit_together_sql.replace("60000", "100")
+    calls = [[Unit(claim=claim(), appends=(append(name, ANY),))] for name in ("held", "b", "c")]
+    async with flushed_together(store, database, *calls) as asked:
+        assert verdicts([*await asked[1], *await asked[2]]) == ["ok", "ok"]
+        assert not asked[0].done()
+    assert verdicts(await asked[0]) == ["ok"]
+    assert metrics.total("foldbus_store_batches_held_total") == 1
+    assert metrics.total("foldbus_store_errors_total") == 0
+    async with store.connection() as db:
+        assert await db.fetchval("show lock_timeout") == "0", "it was the statement's own"
 
 
 async def test_flushers_that_wait_for_locks_lend_their_places(database: str, metrics: MemoryMetrics) -> None:
