@@ -1,7 +1,10 @@
 """Appending events, against raw inserts of the same bytes into a table with two indexes.
 
 The floor is what one writes without a framework: no stream version that a second writer would lose against, no order
-for readers, one statement. PostgreSQL is called through as many connections (10) on both sides.
+for readers, one statement. On both sides as many connections to PostgreSQL (16) are there to be used.
+
+All of it twice: on the disk as it is, and with a flush that takes 1 ms longer, as on disks that do not lie. PostgreSQL
+is told to wait before each flush (`commit_delay`), in every session of the one database.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from eventstore.port import Append, Unit, Verdict
 from eventstore.postgres import PostgresStore
 from eventstore.sqlite import SqliteStore
 
-CONNECTIONS = 10
+CONNECTIONS = 16
+SLOW_FLUSH_US = 1000
 
 TABLE = """create table raw (
     position bigint generated always as identity primary key, stream text not null, version bigint not null,
@@ -47,20 +51,41 @@ async def raw_pool(dsn: str, *, size: int = CONNECTIONS) -> AsyncIterator[Any]:
 
 
 async def run(setting: Setting) -> list[Row]:
+    rows = await _postgres(setting, "PostgreSQL")
+    rows += await _postgres(setting, "PostgreSQL, a flush of 1 ms", flush_us=SLOW_FLUSH_US)
+    rows += await _sqlite(setting)
+    return rows
+
+
+async def _postgres(setting: Setting, where: str, *, flush_us: int = 0) -> list[Row]:
     rows: list[Row] = []
     async with setting.database() as dsn:
+        if flush_us:
+            await slow_flushes(dsn, flush_us)
         here = world()
         await PostgresStore.migrate(dsn, service=here.name)
         async with PostgresStore.open(dsn, service=here.name, pool_size=CONNECTIONS) as store, raw_pool(dsn) as pool:
             await pool.execute(TABLE)
             for callers in (1, 64):
-                rows += await _single(setting, here, store, pool, callers)
-            rows += await _many(setting, here, store, pool)
-    rows += await _sqlite(setting)
+                rows += await _single(setting, here, store, pool, callers, where)
+            rows += await _many(setting, here, store, pool, where)
     return rows
 
 
-async def _single(setting: Setting, here: World, store: PostgresStore, pool: Any, callers: int) -> list[Row]:
+async def slow_flushes(dsn: str, flush_us: int) -> None:
+    """Each commit on this database waits so long before it flushes, from the next connection on."""
+    db = await asyncpg.connect(dsn)
+    try:
+        name = await db.fetchval("select current_database()")
+        await db.execute(f"alter database {name} set commit_delay = {flush_us}")
+        await db.execute(f"alter database {name} set commit_siblings = 0")
+    finally:
+        await db.close()
+
+
+async def _single(
+    setting: Setting, here: World, store: PostgresStore, pool: Any, callers: int, where: str
+) -> list[Row]:
     seconds = setting.pick(1.0, 0.05)
 
     async def foldbus(_: int) -> Mapping[str, float]:
@@ -77,7 +102,7 @@ async def _single(setting: Setting, here: World, store: PostgresStore, pool: Any
         return {"events/s": await per_second(insert, callers=callers, seconds=seconds)}
 
     return await compare(
-        f"append one event, {callers} caller{'s' * (callers > 1)}, PostgreSQL",
+        f"append one event, {callers} caller{'s' * (callers > 1)}, {where}",
         {"asyncpg INSERT": raw, "PostgresStore.commit": foldbus},
         floor="asyncpg INSERT",
         rounds=setting.rounds,
@@ -85,7 +110,7 @@ async def _single(setting: Setting, here: World, store: PostgresStore, pool: Any
     )
 
 
-async def _many(setting: Setting, here: World, store: PostgresStore, pool: Any) -> list[Row]:
+async def _many(setting: Setting, here: World, store: PostgresStore, pool: Any, where: str) -> list[Row]:
     seconds, many = setting.pick(1.0, 0.05), setting.count(1000, 50)
 
     async def foldbus(_: int) -> Mapping[str, float]:
@@ -106,7 +131,7 @@ async def _many(setting: Setting, here: World, store: PostgresStore, pool: Any) 
         return {"events/s": await per_second(insert, callers=1, seconds=seconds, each=many)}
 
     return await compare(
-        f"append {many} events in one unit, PostgreSQL",
+        f"append {many} events in one unit, {where}",
         {"asyncpg INSERT … unnest": raw, "PostgresStore.commit": foldbus},
         floor="asyncpg INSERT … unnest",
         rounds=setting.rounds,
