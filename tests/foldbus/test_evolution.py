@@ -335,6 +335,30 @@ async def test_of_a_split_event_a_read_model_takes_all_parts_or_none(pair: Pair)
         assert (letter.id, letter.type, letter.value) == (old.id, shop.closed, old.data)
 
 
+async def test_the_dead_letter_of_what_was_upcast_keeps_what_was_stored(pair: Pair) -> None:
+    """Also where the upcaster did its work and what it made does not fit."""
+    shop = Shop()
+    service = shop.service(upcasters=[upcast(shop.v1, to=shop.v3, by=dict), upcast(shop.v2, to=shop.v3, by=dict)])
+    (old,) = events_of(shop, (shop.v1, b'{"order_id": "o1","euros":1}'))
+    async with pair.connect(service) as connection:
+        await append(connection, StreamId("order", "o1"), old)
+        (letter,) = await eventually(connection.store.dead_letters, lambda found: len(found) == 1)
+        assert (letter.id, letter.type, letter.value) == (old.id, shop.v1, old.data)
+        assert "cents: Field required" in letter.failure.message
+
+
+async def test_a_dropped_version_of_an_event_that_is_named_is_no_dead_letter(pair: Pair) -> None:
+    shop, metrics = Shop(), MemoryMetrics()
+    service = shop.service(upcasters=[drop_event(shop.v1)])
+    old, unknown = events_of(shop, (shop.v1, b'{"order_id":"o1"}'), (shop.v2, b'{"order_id":"o1"}'))
+    async with pair.connect(service, metrics=metrics) as connection:
+        await append(connection, StreamId("order", "o1"), old, unknown)
+        (letter,) = await eventually(connection.store.dead_letters, lambda found: len(found) > 0)
+        assert (letter.id, letter.failure.error) == (unknown.id, "UnknownVersion")
+        skipped = metrics.total("foldbus_projection_skipped_total", projection="summary", source="log", reason="type")
+        assert skipped == 1
+
+
 async def test_an_aggregate_refuses_a_part_that_it_does_not_know(pair: Pair) -> None:
     shop = Shop()
     stray = upcast(f"{shop.name}.old.v1", to=f"{shop.name}.elsewhere.v1", by=dict)
