@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -53,7 +53,7 @@ class TestArchive:
         info = await store.archive.archive(O1, expected=3, seen=head)
         assert (info.stream, info.version, info.kept_from) == (O1, 3, 1)
         assert info.archived_at is not None
-        assert [record.stream.id for record in await whole_log(store)] == ["before"] * 2 + ["after"] * 2
+        assert [record.key for record in await whole_log(store)] == ["before"] * 2 + ["after"] * 2
         assert await store.head() == head
         found = await store.archive.read(O1)
         assert (found.version, list(found.records)) == (3, list(before.records))
@@ -87,7 +87,7 @@ class TestArchive:
             ]
         )
         assert verdicts(found) == ["ok", "conflict", "conflict"]
-        assert [record.stream.id for record in await whole_log(store)] == ["before"] * 2 + ["after"] * 2 + ["x"]
+        assert [record.key for record in await whole_log(store)] == ["before"] * 2 + ["after"] * 2 + ["x"]
         assert (await store.archive.read(O1)).version == 3
         assert await store.head() == head + 1
 
@@ -126,11 +126,12 @@ class TestArchive:
             await store.commit([Unit(appends=(append(name, 0, 2),))])
             head = await store.head()
             async with backend.open() as other:
-                closing, appended = await asyncio.gather(
+                raced = await asyncio.gather(
                     other.archive.archive(stream(name), expected=2, seen=head),
                     one(store, Unit(appends=(append(name, ANY),))),
                     return_exceptions=True,
                 )
+            closing, appended = cast("tuple[Any, Any]", tuple(raced))
             assert not isinstance(appended, BaseException)
             closed = not isinstance(closing, BaseException)
             assert closed or isinstance(closing, WrongExpectedVersion)

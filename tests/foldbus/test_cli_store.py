@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from bus.envelope import StreamId
 from eventstore.port import Snapshot, Unit, Wanted
 from eventstore.repository import snapshot_schema
 from foldbus import Connection
+from foldbus.archive import seen_by_all
 from tests.eventstore.stores import append
-from tests.foldbus.desk import Desk, cli
+from tests.foldbus.desk import Desk, cli, dead_letters, settled, until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -187,7 +189,7 @@ class TestVerify:
             state = decider.state_codec().dump(decider.initial)
             now = connection.clock.now()
             await connection.store.snapshots.save(
-                [Snapshot(stream, part.version, snapshot_schema(decider), state, now)]
+                [Snapshot(stream, part.version, str(snapshot_schema(decider)), state, now)]
             )
 
         desk.do(tamper, worker=False)
@@ -196,3 +198,111 @@ class TestVerify:
         (one,) = said.data["damages"]
         assert one["check"] == "snapshots equal full folds"
         assert said.data["compared"] == said.data["snapshots"] == 1
+
+
+async def at_rest(connection: Connection) -> None:
+    """Nothing is under way, and everybody has read the log to its end."""
+
+    async def read() -> bool:
+        head = await connection.store.head()
+        return await seen_by_all(connection.store, connection.service, clock=connection.clock) >= head
+
+    await settled(connection)
+    await until(read)
+
+
+def version(desk: Desk, id: str) -> int:
+    found = cli("store", "streams", "desk", "--store", desk.store, "--category", "ticket", "--json").data["streams"]
+    (said,) = [one["version"] for one in found if one["id"] == id]
+    return int(said)
+
+
+class TestStreams:
+    def test_are_listed_with_what_became_of_them(self, desk: Desk) -> None:
+        desk.open(1, 2, 3)
+        said = cli("store", "streams", "desk", "--store", desk.store, "--category", "ticket", "--limit", "2", "--json")
+        assert [(one["id"], one["kept_from"]) for one in said.data["streams"]] == [("t1", 1), ("t2", 1)]
+        assert said.data["more"] is True
+        plain = desk.cli("store streams", "--after", "ticket/t2", "--category", "ticket")
+        assert plain.out.splitlines()[1].split() == ["ticket", "t3", str(version(desk, "t3")), "1", "-"]
+        assert desk.cli("store streams", "--after", "nothing").code == 2
+
+    def test_are_archived_and_come_back(self, desk: Desk) -> None:
+        desk.open(1, 2)
+        desk.do(at_rest)
+        at = version(desk, "t1")
+        dry = desk.cli("store archive", "ticket", "t1", "--dry-run", "--json")
+        assert (dry.data["allowed"], dry.data["version"]) == (True, at)
+        said = desk.cli("store archive", "ticket", "t1", "--json")
+        assert said.code == 0, said.err
+        assert said.data["archived_at"] is not None
+        assert desk.cli("store verify").code == 0
+        assert "is archived" in desk.cli("store truncate", "ticket", "t1", "--upto", "1", "--yes").err
+
+        async def close(connection: Connection) -> None:
+            await connection.send(desk.module.Close(ticket_id="t1"))
+            await dead_letters(connection, 1)
+            (letter,) = await connection.store.dead_letters()
+            assert letter.failure.error.endswith("StreamArchived")
+            assert f"was archived at version {at}" in letter.failure.message
+
+        desk.do(close)
+        dry = cli("store", "restore-stream", "desk", "ticket", "t1", "--store", desk.store, "--dry-run", "--json")
+        assert dry.data["archived"] is True
+        back = cli("store", "restore-stream", "desk", "ticket", "t1", "--store", desk.store, "--json")
+        assert (back.data["archived_at"], back.data["version"]) == (None, at)
+        assert desk.cli("store verify").code == 0
+
+    def test_stay_in_the_log_until_everybody_has_read_them(self, desk: Desk) -> None:
+        async def append_one(connection: Connection) -> None:
+            await connection.store.commit([Unit(appends=(append(StreamId("ticket", "t9"), 0),))])
+
+        desk.open(1)
+        desk.do(append_one, worker=False)  # no relay runs
+        dry = desk.cli("store archive", "ticket", "t9", "--dry-run", "--json")
+        assert dry.data["allowed"] is False
+        said = desk.cli("store archive", "ticket", "t9")
+        assert said.code == 2
+        assert "not read by everybody" in said.err
+        assert desk.cli("store archive", "ticket", "nobody").code == 2
+
+    def test_stay_in_the_log_until_a_projection_over_it_has_read_them(self, desk: Desk) -> None:
+        desk.open(1)
+        desk.do(at_rest)
+
+        async def behind(connection: Connection) -> None:
+            """The relay has passed it, the built-in list of sagas has not."""
+            await connection.store.commit([Unit(appends=(append(StreamId("ticket", "t9"), 0, public=False),))])
+            head = await connection.store.head()
+            async with connection.store.leases.lead("relay") as leading:
+                await connection.store.leases.mark(leading.lease, old=leading.lease.position, new=head)
+
+        desk.do(behind, worker=False)
+        assert "not read by everybody" in desk.cli("store archive", "ticket", "t9").err
+
+    def test_lose_their_first_events_behind_a_snapshot_that_is_read_today(self, desk: Desk) -> None:
+        desk.open(1)
+        desk.do(at_rest)
+        at = version(desk, "t1")
+        assert at > 1
+
+        async def snapshot(connection: Connection, schema: str | None = None) -> None:
+            decider = desk.service.deciders[0]
+            (part,) = await connection.store.load([Wanted(decider.stream("t1"))])
+            state = decider.state_codec().dump(desk.module.Ticket(status="closed"))
+            now, schema = connection.clock.now(), schema or str(snapshot_schema(decider))
+            await connection.store.snapshots.save([Snapshot(decider.stream("t1"), part.version, schema, state, now)])
+
+        async def of_other_code(connection: Connection) -> None:
+            await snapshot(connection, "v0-of-yesterday")
+
+        desk.do(of_other_code, worker=False)
+        assert "other code" in desk.cli("store truncate", "ticket", "t1", "--upto", "1", "--yes").err
+        desk.do(snapshot, worker=False)
+        assert desk.cli("store truncate", "ticket", "t1", "--upto", "1").code == 2  # nobody was asked
+        said = desk.cli("store truncate", "ticket", "t1", "--upto", "1", "--yes", "--json")
+        assert said.code == 0, said.err
+        assert (said.data["kept_from"], said.data["version"]) == (2, at)
+        verified = desk.cli("store verify", "--full", "--json")
+        assert (verified.code, verified.data["compared"], verified.data["snapshots"]) == (0, 0, 1)
+        assert "there is no stream" in desk.cli("store truncate", "ticket", "t2", "--upto", "1", "--yes").err
