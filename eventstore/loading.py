@@ -136,6 +136,14 @@ class _Stream(Generic[S]):
         return Folded(self.wanted.stream, self._at, self._state, self._events, self._snapshot)
 
 
+def whole(wanted: Wanted, part: Slice) -> Slice:
+    """`part` itself, for adapters. Raises StreamTruncated when the events that it should begin with are gone."""
+    after = wanted.after if part.snapshot is None else part.snapshot.version
+    if part.version > after and wanted.limit != 0 and (not part.records or part.records[0].version != after + 1):
+        raise truncated(part, after)
+    return part
+
+
 def truncated(part: Slice, after: Version) -> StreamTruncated:
     """The error for a part that does not begin with the event after `after`, though the stream is further."""
     found = f"the next one stored is {part.records[0].version}" if part.records else "none is stored"
@@ -152,4 +160,4 @@ def _gone(part: Slice, after: Version) -> EventStoreError:
     )
 
 
-__all__ = ["PAGE", "Folded", "Loads", "load_folded", "truncated"]
+__all__ = ["PAGE", "Folded", "Loads", "load_folded", "truncated", "whole"]

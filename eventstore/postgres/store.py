@@ -27,6 +27,7 @@ from bus.seams import Clock, Ids, SystemClock
 from eventstore import rows, selecting
 from eventstore.checks import check_units
 from eventstore.errors import BadUnit, EventStoreError, StoreUnavailable
+from eventstore.loading import whole
 from eventstore.port import (
     Claim,
     DeadLetter,
@@ -369,7 +370,7 @@ class PostgresStore:
         for one, version in zip(wanted, versions, strict=True):
             selecting.check_version(one.stream, version)
         return [
-            Slice(one.stream, version, events, snapshot)
+            whole(one, Slice(one.stream, version, events, snapshot))
             for one, version, events, snapshot in zip(wanted, versions, records, snapshots, strict=True)
         ]
 

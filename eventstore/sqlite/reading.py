@@ -10,6 +10,7 @@ from uuid import UUID
 
 from bus.envelope import Envelope, Offset, Position, StreamId
 from eventstore import rows, selecting
+from eventstore.loading import whole
 from eventstore.port import ClaimState, DeadLetter, Page, Slice, Standing, Wanted
 from eventstore.sqlite import snapshots
 from eventstore.sqlite.session import DriverSession, Session
@@ -56,7 +57,7 @@ def load(connection: sqlite3.Connection, wanted: Sequence[Wanted]) -> list[Slice
                     _STREAM, (number, after, limit)
                 )
             ]
-        slices.append(Slice(one.stream, version, records, snapshot))
+        slices.append(whole(one, Slice(one.stream, version, records, snapshot)))
     return slices
 
 

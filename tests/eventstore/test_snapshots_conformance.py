@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bus.envelope import StreamId
+from eventstore.errors import StreamArchived, StreamTruncated
 from eventstore.port import Slice, Snapshot, Unit, Wanted
 from eventstore.snapshots import BadSnapshot
 from tests.eventstore.stores import NOON, append, commit, stream
@@ -208,3 +209,52 @@ async def test_what_is_no_snapshot_is_refused_with_its_whole_call(store: Any, ba
         await store.snapshots.save([snapshot(1, of="o-2"), bad])
 
     assert await store.snapshots.page() == []
+
+
+# --- truncated and archived streams ----------------------------------------------------------------------------------
+
+
+async def test_what_a_truncated_stream_hangs_on_is_neither_dropped_nor_replaced_by_an_older_one(
+    store: Any, twin: Any
+) -> None:
+    """A save that was on its way when the stream was truncated comes too late, whatever code made it."""
+    await grown(store, 6)
+    await store.snapshots.save([snapshot(5)])
+    await store.archive.truncate(stream("o-1"), upto=4, seen=await store.head())
+
+    assert await twin.snapshots.save([snapshot(3)]) == 0
+    assert await twin.snapshots.save([snapshot(3, schema="s2")]) == 0
+    assert await twin.snapshots.drop() == 0
+    assert await twin.snapshots.drop(category="order", keep_schema="s2") == 0
+
+    found = await load(twin)
+    assert (found.snapshot, versions(found)) == (snapshot(5), [6])
+    assert await twin.snapshots.save([snapshot(6)]) == 1
+    found = await load(store)
+    assert (found.snapshot, versions(found)) == (snapshot(6), [])
+
+
+async def test_a_truncated_stream_loads_from_its_snapshot_and_from_nowhere_before_it(store: Any) -> None:
+    await grown(store, 6)
+    await store.snapshots.save([snapshot(5)])
+    await store.archive.truncate(stream("o-1"), upto=4, seen=await store.head())
+
+    asked: list[dict[str, Any]] = [{}, {"snapshot_schema": "s2"}, {"after": 3}]
+    for options in asked:
+        with pytest.raises(StreamTruncated, match="stream order-o-1 is at version 6"):
+            await load(store, **{"snapshot_schema": None, **options})
+    assert versions(await load(store, snapshot_schema=None, after=4)) == [5, 6]
+    assert versions(await load(store, after=5)) == [6]
+    assert (await load(store, snapshot_schema=None, limit=0)).version == 6
+
+
+async def test_an_archived_stream_is_not_loaded_and_gets_no_snapshot(store: Any) -> None:
+    await grown(store, 3)
+    await store.snapshots.save([snapshot(2)])
+    await store.archive.archive(stream("o-1"), expected=3, seen=await store.head())
+
+    asked: list[dict[str, Any]] = [{}, {"after": 3}, {"limit": 0}]
+    for options in asked:
+        with pytest.raises(StreamArchived):
+            await load(store, **options)
+    assert await store.snapshots.save([snapshot(3)]) == 0

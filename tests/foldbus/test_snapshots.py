@@ -13,19 +13,20 @@ import pytest_asyncio
 from pydantic import BaseModel
 
 from bus.codec import JsonCodec
-from bus.envelope import Envelope, Origin, StreamId
+from bus.envelope import Origin, StreamId
 from bus.messages import Command, Event, Key
 from bus.metrics import MemoryMetrics
 from bus.processing import Again, Done, Failed, Item, Result
 from bus.registry import Registry
 from bus.seams import NoFailpoints, SystemClock, Uuid7Ids
 from eventstore.decider import Decider, DeciderBehaviour
-from eventstore.errors import StoreUnavailable
+from eventstore.errors import StoreUnavailable, StreamArchived, StreamTruncated
 from eventstore.port import Outcome, Slice, Snapshot, Store, Unit, Wanted
 from eventstore.snapshots import Snapshots
 from foldbus.runtime import UnitProcessor, any_of
 from foldbus.snapshotting import Snapshotter
 from foldbus.states import StateCache
+from tests.eventstore.stores import NOON
 
 
 class Added(Event, type="shop.added.v1"):
@@ -146,6 +147,12 @@ class Process:
             if not isinstance(result, Again):
                 break
         return result
+
+    async def batch(self, *keys: str) -> Sequence[Result]:
+        """A command for each key, all in one batch."""
+        origins = [Origin("front", ids.new(), SystemClock().now(), ids.new()) for _ in keys]
+        commands = [codec.encode(Add(id=key), origin) for key, origin in zip(keys, origins, strict=True)]
+        return await self.processor.process([Item(envelope, None) for envelope in commands], {})
 
     async def saved(self) -> Snapshot | None:
         await self.snapshots.saved()
@@ -339,6 +346,26 @@ async def test_a_save_that_fails_fails_no_message_and_is_counted(
     assert saved.version == 15
 
 
+async def test_what_waits_behind_a_save_that_fails_is_saved(store: Any, one: Process) -> None:
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def hang_then_fail() -> None:
+        begun.set()
+        await go.wait()
+        one.store.before_save = None
+        raise StoreUnavailable("no answer")
+
+    one.store.before_save = hang_then_fail
+    await one.add(1, times=5, key="first")
+    await begun.wait()
+    await one.add(1, times=5)
+    go.set()
+
+    saved = await one.saved()
+    assert saved is not None
+    assert [batch[0].stream.id for batch in one.store.saves] == ["first", "t"]
+
+
 async def test_messages_go_on_while_a_save_hangs_and_only_the_newest_state_is_saved_after(
     store: Any, one: Process
 ) -> None:
@@ -459,16 +486,32 @@ async def test_by_default_a_state_that_cannot_be_stored_is_named_once_at_start_u
     assert [wanted.snapshot_schema for wanted in ours.store.loads] == [None]
 
 
+async def test_archived_and_truncated_streams_fail_their_own_messages_and_nobody_elses(store: Any) -> None:
+    ours = process(store)
+    for key in ("archived", "gone", "kept", "good"):
+        await ours.add(1, times=6, key=key)
+    await ours.snapshots.saved()
+    for key in ("gone", "kept"):
+        await store.archive.truncate(StreamId("total", key), upto=4, seen=await store.head())
+    await store.archive.archive(StreamId("total", "archived"), expected=6, seen=await store.head())
+    kept = decider(version=2).state_codec()
+    assert await store.snapshots.save(
+        [Snapshot(StreamId("total", "kept"), 6, kept.schema, kept.dump(Total(n=6, seen=(1, 1, 1))), NOON)]
+    )
+
+    later = process(store, decider(version=2))  # for which the snapshot of `gone` is of another code
+    results = await later.batch("archived", "gone", "kept", "good")
+
+    assert [type(one.error) if isinstance(one, Failed) else one for one in results] == [
+        StreamArchived, StreamTruncated, Done(), Done(),
+    ]  # fmt: skip
+
+
 async def test_a_stream_that_cannot_be_loaded_fails_nobody_else(store: Any, one: Process) -> None:
     """An archived or truncated stream is its own sender's problem."""
     await one.add(1)
     await one.add(1, key="good")
     one.processor.forget([])
-
-    async def commands(*keys: str) -> Sequence[Result]:
-        origin = [Origin("front", ids.new(), SystemClock().now(), ids.new()) for _ in keys]
-        encoded: list[Envelope] = [codec.encode(Add(id=key), at) for key, at in zip(keys, origin, strict=True)]
-        return await one.processor.process([Item(envelope, None) for envelope in encoded], {})
 
     load = one.store.load
 
@@ -478,10 +521,10 @@ async def test_a_stream_that_cannot_be_loaded_fails_nobody_else(store: Any, one:
         return [replace(part, records=part.records[1:]) if part.stream == STREAM else part for part in found]
 
     one.store.load = load_without  # type: ignore[method-assign]
-    bad, good = await commands("t", "good")
+    bad, good = await one.batch("t", "good")
 
     assert isinstance(bad, Failed)
-    assert type(bad.error).__name__ == "StreamTruncated"
+    assert isinstance(bad.error, StreamTruncated)
     assert good == Done()
 
 
