@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import appends, arrays, durable, latency, purchases, relaying, store
+from benchmarks import appends, arrays, durable, latency, purchases, relaying, snapshots, store
 from benchmarks.harness import Row, Setting, table
 from tests.servers import MissingServer, both
 
@@ -31,6 +31,7 @@ BENCHMARKS: Mapping[str, Callable[[Setting], Coroutine[Any, Any, list[Row]]]] = 
     "purchases": purchases.run,
     "latency": latency.run,
     "store": store.run,
+    "snapshots": snapshots.run,
 }
 
 

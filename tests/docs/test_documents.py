@@ -63,3 +63,18 @@ async def test_the_tutorials_service_runs_on_what_the_demo_left(tmp_path: Path) 
     finally:
         worker.send_signal(signal.SIGTERM)
         assert await worker.wait() == 0
+
+
+def test_the_page_on_aggregates_does_what_it_says(tmp_path: Path) -> None:
+    files = write_files("docs/aggregates.md", tmp_path)
+    assert run(files["accounts.py"], cwd=tmp_path).splitlines() == [
+        "refused: {'there': 500}",
+        "account-berta: expected 0, found 2",
+        "3 Account(owner='Anna', cents=0)",
+        "Account(owner='Anna', cents=0)",
+        "0",
+        "1 bank.opened.v1 0",
+        "2 bank.moved.v1 500",
+        "3 bank.moved.v1 0",
+        "last: 3",
+    ]
