@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from bus.cloudevents import to_record
+from bus.envelope import StreamId
 from bus.errors import MissingTopics
 from bus.metrics import MemoryMetrics
 from bus.transport import Outgoing, TopicSpec, Transport
+from eventstore.port import Append, Unit
 from projections import Checkpoint, Feed, FeedPage, LogFeed, Place, TopicFeed, Wanted
 from projections.feeds import CombinedFeed
 from tests.bus.transports import unique
@@ -85,6 +87,11 @@ async def test_an_unknown_version_of_a_named_type_is_not_skipped(store: Any) -> 
     assert accept("shop.placed.v7")
     assert not accept("shop.closed.v1")
     assert not accept("shop.nobody-knows.v1")
+    await append(store, Unrelated(order_id="1"))
+    later = replace(envelope(Placed(order_id="2", customer_id="a")), type="shop.placed.v7")
+    await store.commit([Unit(appends=(Append(StreamId("order", "2"), 0, (later,)),))])
+    page = await LogFeed(store, accept).read(Checkpoint(), limit=5)
+    assert [record.envelope.type for record in page.records] == ["shop.placed.v7"]
 
 
 # --- topics ----------------------------------------------------------------------------------------------------------
