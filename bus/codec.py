@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 from uuid import UUID
 
 from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic_core import from_json
 
 from bus.envelope import Envelope, Kind, Origin, ReplyOutcome, ReplyTo
 from bus.errors import MessageTooLarge, Undecodable
@@ -18,6 +19,10 @@ from bus.messages import Command, Event, Message, Query, Refused
 from bus.registry import Registry
 
 KEY_BYTES_MAX = 1024
+DEPTH_MAX = 128
+"""How deep a message may nest. JSON is read to a depth of 201, and a saga's history wraps messages once more: what is
+written deeper than it is read would end its stream."""
+_PARSED_MAX = 201
 
 
 class Codec(Protocol):
@@ -33,7 +38,7 @@ class Codec(Protocol):
         deadline: datetime | None = None,
         undoes: UUID | None = None,
     ) -> Envelope:
-        """Raises BadInput when the key is empty, too long or holds a NUL."""
+        """Raises BadInput when the key is empty, too long or holds a NUL, or when the message nests too deep."""
         ...
 
     def decode(self, envelope: Envelope) -> Message:
@@ -107,6 +112,21 @@ def check_key(key: str) -> None:
         raise Undecodable(f"key {shown!r} cannot be used; wanted 1 to {KEY_BYTES_MAX} bytes without NUL")
 
 
+def to_bytes(message: BaseModel) -> bytes:
+    """As JSON. Raises BadInput for what could not be read back: it nests deeper than `DEPTH_MAX`, or is no JSON."""
+    try:
+        data = message.__pydantic_serializer__.to_json(message)
+        if data.count(b"[") + data.count(b"{") > DEPTH_MAX:  # else it cannot be that deep
+            wrapping = _PARSED_MAX - DEPTH_MAX
+            from_json(b"[" * wrapping + data + b"]" * wrapping, cache_strings="none")
+    except ValueError as error:  # PydanticSerializationError is one
+        raise Undecodable(
+            f"{type(message).__qualname__} cannot be written as JSON that is read back, of at most {DEPTH_MAX} levels: "
+            f"{str(error)[:200]}"
+        ) from error
+    return data
+
+
 class JsonCodec:
     """The default codec."""
 
@@ -132,7 +152,7 @@ class JsonCodec:
             type=str(message.type_name),
             source=origin.source,
             key=key,
-            data=message.__pydantic_serializer__.to_json(message),
+            data=to_bytes(message),
             time=origin.time,
             correlation_id=origin.correlation_id,
             causation_id=origin.causation_id,
@@ -171,11 +191,11 @@ class JsonCodec:
         if isinstance(answer, Refused):
             outcome = ReplyOutcome.REFUSED
             body = _RefusalBody(code=answer.code, message=answer.message, attributes=dict(answer.attributes))
-            data = body.model_dump_json().encode()
+            data = to_bytes(body)
         elif answer is None:
             data = b"null"
         else:
-            data = answer.__pydantic_serializer__.to_json(answer)
+            data = to_bytes(answer)
         return reply_envelope(command, outcome, data, origin)
 
     def decode_reply(self, reply: Envelope, command: type[Command[Any]]) -> BaseModel | Refused | None:

@@ -7,7 +7,16 @@ from typing import Any, cast
 
 import pytest
 
-from bus.codec import HEADROOM_BYTES, JsonCodec, check_size, command_type_name, died_error, died_reply, reply_type_name
+from bus.codec import (
+    DEPTH_MAX,
+    HEADROOM_BYTES,
+    JsonCodec,
+    check_size,
+    command_type_name,
+    died_error,
+    died_reply,
+    reply_type_name,
+)
 from bus.envelope import Envelope, Kind, Origin, ReplyOutcome, ReplyTo
 from bus.errors import MessageTooLarge, Undecodable, UnknownType, UnknownVersion
 from bus.messages import Command, Event, Key, Refused
@@ -22,6 +31,11 @@ class Placed(Event, type="orders.placed.v1"):
 
 class Place(Command[Placed], type="orders.place.v1"):
     order_id: Key[str]
+
+
+class Deep(Event, type="orders.deep.v1"):
+    order_id: Key[str]
+    value: Any = None
 
 
 class TooLate(Refused, code="orders.too-late"):
@@ -90,6 +104,26 @@ class TestAMessage:
         check_size(envelope, 1000 + 2 + HEADROOM_BYTES)
         with pytest.raises(MessageTooLarge, match="the limit is 5097; nothing was staged or sent"):
             check_size(envelope, 1000 + 2 + HEADROOM_BYTES - 1)
+
+    @pytest.mark.parametrize("wrap", [lambda inner: [inner], lambda inner: {"a": inner}])
+    @pytest.mark.parametrize("depth", [DEPTH_MAX, 190, 230, 300, 20_000])
+    def test_that_nests_too_deep_to_be_read_back_is_refused_before_it_is_stored(self, depth: int, wrap: Any) -> None:
+        codec = JsonCodec(Registry([Deep]))
+        value: Any = [{}] * 200  # wide is not deep
+        for _ in range(depth - 3):
+            value = wrap(value)
+        deepest = codec.encode(Deep(order_id="o1", value=value), origin()) if depth == DEPTH_MAX else None
+        if deepest is not None:
+            assert codec.decode(deepest) == Deep(order_id="o1", value=value)
+            value = wrap(value)
+        with pytest.raises(Undecodable, match=f"at most {DEPTH_MAX} levels"):
+            codec.encode(Deep(order_id="o1", value=value), origin())
+
+    @pytest.mark.parametrize("data", [b"[" * 200_000 + b"]" * 200_000, b'{"a":' * 200_000 + b"1" + b"}" * 200_000])
+    def test_of_endless_depth_from_elsewhere_is_undecodable(self, data: bytes) -> None:
+        codec = JsonCodec(Registry([Deep]))
+        with pytest.raises(Undecodable):
+            codec.decode(replace(codec.encode(Deep(order_id="o1"), origin()), data=data))
 
 
 class TestAReply:
