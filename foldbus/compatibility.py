@@ -11,6 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core.core_schema import DecimalSchema
+
 Schema = Mapping[str, Any]
 What = Literal["missing", "unread", "refused", "type", "value", "bound", "form", "default"]
 
@@ -40,6 +44,22 @@ class Finding:
     path: str
     written: str
     read: str
+
+
+def schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The normal schema of what a class reads. Raises PydanticInvalidForJsonSchema."""
+    return normal(model.model_json_schema(schema_generator=_Generator))
+
+
+class _Generator(GenerateJsonSchema):
+    def decimal_schema(self, schema: DecimalSchema) -> JsonSchemaValue:
+        """Told from `float | str`, and the same in all versions of pydantic, of which some give it a pattern."""
+        made = super().decimal_schema(schema)
+        for one in made.get("anyOf", (made,)):
+            if one.get("type") == "string":
+                one.pop("pattern", None)
+                one["format"] = "decimal"
+        return made
 
 
 def normal(schema: Schema) -> dict[str, Any]:
@@ -90,11 +110,6 @@ def _in_order(made: dict[str, Any]) -> dict[str, Any]:
     for key in ("required", "enum", "anyOf", "oneOf"):
         if key in made:
             made[key] = sorted(made[key], key=_text)
-    options = made.get("anyOf", ())
-    if sorted(str(one.get("type")) for one in options) == ["number", "string"]:
-        for one in options:  # a Decimal: whether its text has a pattern depends on pydantic's version
-            if one["type"] == "string":
-                one.pop("pattern", None)
     return made
 
 
@@ -256,6 +271,8 @@ def _fits(value: Any, reader: Schema) -> bool:
     kind = str(reader.get("type"))
     if kind not in _PYTHON or not isinstance(value, _PYTHON[kind]) or (isinstance(value, bool) and kind != "boolean"):
         return False
+    if reader.keys() - _KNOWN:
+        return False  # a format or a pattern: whether it has that is not looked at
     if isinstance(value, str):
         return bool(reader.get("minLength", 0) <= len(value) <= reader.get("maxLength", len(value)))
     if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -23,7 +23,7 @@ from pydantic.errors import PydanticInvalidForJsonSchema
 
 from bus.errors import FoldbusError
 from bus.messages import Command, Event, Message, TypeName
-from foldbus.compatibility import Finding, findings, normal
+from foldbus.compatibility import Finding, findings, schema_of
 from foldbus.service import Service
 
 FILE = "foldbus-schema.json"
@@ -90,7 +90,7 @@ def _type_of(reply: type[BaseModel]) -> str | None:
 
 def _schema(model: type[BaseModel], name: str) -> dict[str, Any]:
     try:
-        return normal(model.model_json_schema())
+        return schema_of(model)
     except PydanticInvalidForJsonSchema as error:
         raise BadSchema(f"{name}: {model.__qualname__} has no JSON schema: {error.message}") from error
 
