@@ -26,7 +26,7 @@ from eventstore.snapshots import Snapshots
 from foldbus.runtime import UnitProcessor, any_of
 from foldbus.snapshotting import Snapshotter
 from foldbus.states import StateCache
-from tests.eventstore.stores import NOON
+from tests.eventstore.stores import NOON, Backend
 
 
 class Added(Event, type="shop.added.v1"):
@@ -159,11 +159,35 @@ class Process:
         return next((one for one in await self.store.inner.snapshots.page() if one.stream == STREAM), None)
 
 
+OPENED: list[Snapshotter] = []
+
+
+async def close_all() -> None:
+    while OPENED:
+        await OPENED.pop().close(timeout_s=1)
+
+
+@pytest_asyncio.fixture
+async def store(backend: Backend) -> AsyncIterator[Any]:
+    """Closed after what still saves to it, as a connection does."""
+    async with backend.open() as opened:
+        yield opened
+        await close_all()
+
+
+@pytest_asyncio.fixture
+async def twin(backend: Backend, store: Any) -> AsyncIterator[Any]:
+    async with backend.open() as opened:
+        yield opened
+        await close_all()
+
+
 def process(store: Store, of: Decider[Any, Any, Any] | None = None, **options: Any) -> Process:
     of = of or decider()
     metrics = MemoryMetrics()
     watched: Any = Watched(store)
     snapshots = Snapshotter([of], watched, clock=SystemClock(), metrics=metrics)
+    OPENED.append(snapshots)
     processor = UnitProcessor(
         group="shop",
         consumer="shop",
@@ -192,11 +216,9 @@ async def total(store: Any) -> Total:
     return state
 
 
-@pytest_asyncio.fixture
-async def one(store: Any) -> AsyncIterator[Process]:
-    made = process(store)
-    yield made
-    await made.snapshots.close()
+@pytest.fixture
+def one(store: Any) -> Process:
+    return process(store)
 
 
 async def test_a_snapshot_is_saved_after_so_many_events_and_again_after_as_many(store: Any, one: Process) -> None:
