@@ -230,6 +230,23 @@ async def flushed_together(
         yield asked
 
 
+async def test_a_lone_caller_goes_straight_to_the_database_by_the_lean_statement(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its own task, with nothing to wake it up, and without the arrays that several calls share."""
+    call, seen = store._call, list[tuple[Any, bool]]()
+
+    async def watched(db: Any, asked: Any) -> Any:
+        seen.append((asyncio.current_task(), asked.impatient))
+        return await call(db, asked)
+
+    monkeypatch.setattr(store, "_call", watched)
+    monkeypatch.setattr(store, "_commit_sql", "no such statement")
+    for n in range(3):
+        assert await commit(store, Unit(claim=claim(), appends=(append(f"s-{n}", 0),))) == ["ok"]
+    assert seen == [(asyncio.current_task(), False)] * 3
+
+
 async def test_a_caller_cancelled_during_its_flush_takes_nobody_along(
     store: PostgresStore, database: str, metrics: MemoryMetrics
 ) -> None:
