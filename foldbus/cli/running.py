@@ -115,4 +115,5 @@ async def attached(service: Service, chosen: Settings) -> AsyncGenerator[Connect
         )  # fmt: skip
         stack.push_async_callback(connection.publisher.close)
         stack.push_async_callback(connection.inbox.close)
+        stack.push_async_callback(connection.close_snapshots)
         yield connection

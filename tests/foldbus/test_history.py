@@ -16,6 +16,7 @@ from bus.metrics import MemoryMetrics
 from bus.processing import Again, Done, Failed, Item, Result
 from bus.seams import SystemClock
 from eventstore.errors import NoSuchVersion, TooManyConflicts, WrongExpectedVersion
+from eventstore.snapshots import Snapshots
 from foldbus import Connection
 from foldbus.cli.history import changes
 from foldbus.executing import ATTEMPTS_MAX, Executing, Turns
@@ -85,6 +86,27 @@ def test_a_unit_is_not_written_when_a_stream_that_was_only_read_moved_on(desk: D
         assert (await connection.load(tickets, "t3")).version == 0
 
     desk.do(work, worker=False)
+
+
+@pytest.mark.parametrize("worker", [False, True], ids=["execute", "request"])
+def test_a_service_saves_snapshots_by_itself_at_the_latest_when_it_is_closed(desk: Desk, worker: bool) -> None:
+    (tickets,) = desk.service.deciders
+    tickets.snapshots = Snapshots(every=3, load_ms=None)
+
+    async def decide(connection: Connection) -> None:
+        for _ in range(4):
+            note = desk.module.Note(ticket_id="t5")
+            await (connection.request(note, timeout_s=20) if worker else connection.execute(note))
+
+    async def look(connection: Connection) -> None:
+        found = await connection.store.snapshots.page()
+        assert [(one.stream, one.version, one.schema) for one in found if one.stream.id == "t5"] == [
+            (tickets.stream("t5"), 3, tickets.state_codec().schema)
+        ]
+        assert (await connection.load(tickets, "t5")).version == 4
+
+    desk.do(decide, worker=worker)
+    desk.do(look, worker=False)
 
 
 # --- executing -------------------------------------------------------------------------------------------------------
