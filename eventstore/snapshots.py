@@ -112,7 +112,8 @@ def _plain(found: Any, *, names: bool = False) -> Any:
             if names or key not in _WORDS
         }
     if isinstance(found, list):
-        return sorted((_plain(one) for one in found), key=lambda one: json.dumps(one, sort_keys=True))
+        items = cast("Sequence[Any]", found)
+        return sorted((_plain(one) for one in items), key=lambda one: json.dumps(one, sort_keys=True))
     return found
 
 
