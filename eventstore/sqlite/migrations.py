@@ -6,18 +6,22 @@ import random
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
+from eventstore import upgrading
 from eventstore.errors import SchemaMismatch
 from eventstore.sqlite.database import connect
 from eventstore.sqlite.faults import is_busy, translated
+from eventstore.upgrading import Look, Migration, State
 
 T = TypeVar("T")
 
 FIRST_EPOCH = 0
+OLDEST_SINCE = 3
+"""The first schema that says which code still works with it."""
 IMPORT = "foldbus_import"
 """A store that is being filled has this table: see `moving.py`."""
 _NAME = re.compile(r"(?P<number>\d{4})_[a-z0-9_]+\.sql")
@@ -37,8 +41,56 @@ def migrations() -> list[tuple[int, str, str]]:
     return sorted(found)
 
 
-def migrate(path: Path, *, service: str, busy_s: float = 10.0) -> None:
+def known() -> list[Migration]:
+    return [Migration(number, name) for number, name, _ in migrations()]
+
+
+def sql(path: Path, *, service: str, contract: bool = False) -> str:
+    """What `migrate` would run, for `sqlite3 FILE`. Changes nothing."""
+    found = look(path).found if path.exists() else 0
+    chosen = {one.number for one in upgrading.plan(known(), found=found, contract=contract)}
+    parts = [] if found else ["PRAGMA journal_mode=WAL;\n"]
+    parts.append(f"BEGIN IMMEDIATE;\n{_CREATE};\n")
+    for number, name, script in migrations():
+        if number in chosen:
+            parts.append(f"{script.rstrip()}\nINSERT INTO foldbus_schema (number, name) VALUES ({number}, '{name}');\n")
+    parts += [f"{statement};\n" for statement in _closing(service, chosen)]
+    return "".join([*parts, "COMMIT;\n"]) if chosen else ""
+
+
+def look(path: Path) -> Look:
+    """Raises SchemaMismatch when there is no file."""
+    connection = connect(path)
+    try:
+        return _look(connection)
+    finally:
+        connection.close()
+
+
+def _look(connection: sqlite3.Connection) -> Look:
+    found = oldest = 0
+    if has_table(connection, "foldbus_schema"):
+        found = connection.execute("SELECT coalesce(max(number), 0) FROM foldbus_schema").fetchone()[0]
+    if found >= OLDEST_SINCE:
+        (oldest,) = connection.execute("SELECT oldest FROM foldbus_log").fetchone()
+    return upgrading.look(known(), found=found, oldest=oldest)
+
+
+def _closing(service: str, ran: Collection[int]) -> list[str]:
+    """After the migrations: the log's row, and the oldest code that works from now on."""
+    quoted = service.replace("'", "''")
+    closing = [
+        f"INSERT OR IGNORE INTO foldbus_log (one, service, epoch, head) VALUES (1, '{quoted}', {FIRST_EPOCH}, 0)"
+    ]
+    oldest = upgrading.oldest_after([one for one in known() if one.number in ran])
+    if oldest is not None:
+        closing.append(f"UPDATE foldbus_log SET oldest=max(oldest, {oldest})")
+    return closing
+
+
+def migrate(path: Path, *, service: str, busy_s: float = 10.0, contract: bool = False) -> None:
     """Creates the file if need be and applies what is missing. Two at once do no harm: the second finds it done.
+    Newer code's schema that this code works with is left alone. `contract`: see `eventstore/upgrading.py`.
 
     Raises SchemaMismatch when the file belongs to another service or to newer code, StoreUnavailable when it stays
     locked. Blocks: call it in a thread.
@@ -50,7 +102,7 @@ def migrate(path: Path, *, service: str, busy_s: float = 10.0) -> None:
         patiently(lambda: connection.execute("PRAGMA journal_mode=WAL").fetchall(), path, busy_s)
         patiently(lambda: connection.execute("BEGIN IMMEDIATE"), path, busy_s)
         try:
-            _apply(connection, path, service)
+            _apply(connection, path, service, contract=contract)
             connection.execute("COMMIT")
         except BaseException:
             connection.execute("ROLLBACK")
@@ -59,32 +111,26 @@ def migrate(path: Path, *, service: str, busy_s: float = 10.0) -> None:
         connection.close()
 
 
-def _apply(connection: sqlite3.Connection, path: Path, service: str) -> None:
+def _apply(connection: sqlite3.Connection, path: Path, service: str, *, contract: bool) -> None:
     connection.execute(_CREATE)
-    (applied,) = connection.execute("SELECT coalesce(max(number), 0) FROM foldbus_schema").fetchone()
-    known = migrations()
-    if applied > known[-1][0]:
-        raise SchemaMismatch(_newer(path, applied, known[-1][0]))
-    for number, name, sql in known:
-        if number > applied:
-            for statement in _statements(sql):
-                connection.execute(statement)
-            connection.execute("INSERT INTO foldbus_schema (number, name) VALUES (?, ?)", (number, name))
-    connection.execute(
-        "INSERT OR IGNORE INTO foldbus_log (one, service, epoch, head) VALUES (1, ?, ?, 0)", (service, FIRST_EPOCH)
-    )
+    seen = _look(connection)
+    if seen.state is State.TOO_NEW:
+        upgrading.check(seen, where=str(path))
+    if seen.state is not State.NEWER:
+        chosen = {one.number for one in upgrading.plan(known(), found=seen.found, contract=contract)}
+        for number, name, script in migrations():
+            if number in chosen:
+                for statement in _statements(script):
+                    connection.execute(statement)
+                connection.execute("INSERT INTO foldbus_schema (number, name) VALUES (?, ?)", (number, name))
+        for statement in _closing(service, chosen):
+            connection.execute(statement)
     _check_service(connection, path, service)
 
 
 def check(connection: sqlite3.Connection, path: Path, *, service: str) -> int:
-    """The log's epoch. Raises SchemaMismatch unless the file is exactly at this code's schema, and this service's."""
-    wanted = migrations()[-1][0]
-    there = has_table(connection, "foldbus_schema")
-    found = connection.execute("SELECT coalesce(max(number), 0) FROM foldbus_schema").fetchone()[0] if there else 0
-    if found > wanted:
-        raise SchemaMismatch(_newer(path, found, wanted))
-    if found < wanted:
-        raise SchemaMismatch(f"{path} is at schema {found}, wanted {wanted}; run `foldbus db upgrade`")
+    """The log's epoch. Raises SchemaMismatch unless this code works on the file's schema, and it is this service's."""
+    upgrading.check(_look(connection), where=str(path))
     _check_service(connection, path, service)
     if has_table(connection, IMPORT):
         raise SchemaMismatch(
@@ -115,10 +161,6 @@ def _check_service(connection: sqlite3.Connection, path: Path, service: str) -> 
     (owner,) = connection.execute("SELECT service FROM foldbus_log").fetchone()
     if owner != service:
         raise SchemaMismatch(f"{path} is the store of service {owner!r}, not of {service!r}; nothing was changed")
-
-
-def _newer(path: Path, found: int, known: int) -> str:
-    return f"{path} is at schema {found}, this code knows up to {known}; run newer code"
 
 
 def _statements(sql: str) -> Iterator[str]:

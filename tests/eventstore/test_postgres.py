@@ -550,6 +550,7 @@ async def test_opening_a_database_without_a_schema_says_what_to_run(database: st
 async def test_opening_a_schema_of_another_migration_is_refused(store: PostgresStore, database: str) -> None:
     async with store.connection() as db:
         await db.execute("update foldbus_shop.alembic_version set version_num = '9999'")
+        await db.execute("update foldbus_shop.log set oldest = '9999'")
     with pytest.raises(SchemaMismatch, match="9999"):
         async with PostgresStore.open(database, service=SERVICE):
             pass

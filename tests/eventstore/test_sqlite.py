@@ -357,6 +357,7 @@ async def test_opening_refuses_a_schema_that_is_not_its_own_and_changes_nothing(
             _execute(path, "DELETE FROM foldbus_schema")
         case "ahead":
             _execute(path, "INSERT INTO foldbus_schema (number, name) VALUES (9999, 'later')")
+            _execute(path, "UPDATE foldbus_log SET oldest=9999")
         case "another service":
             service = "other"
         case _:

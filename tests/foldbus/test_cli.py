@@ -171,10 +171,26 @@ class TestDb:
         desk.cli("db upgrade")
         with sqlite3.connect(tmp_path / "data" / "desk.db") as file:
             file.execute("INSERT INTO foldbus_schema (number, name) VALUES (9999, 'later')")
+        works = desk.cli("db check", "--json")
+        assert (works.code, works.data["stores"][0]["state"]) == (0, "newer")
+        with file:
+            file.execute("UPDATE foldbus_log SET oldest=9999")
         file.close()
         said = desk.cli("db check")
         assert said.code == 1
-        assert "newer" in said.out
+        assert "too new" in said.out
+        assert desk.cli("db upgrade").code == 2
+
+    def test_sql_prints_what_upgrade_would_run(self, desk: Desk, tmp_path: Path) -> None:
+        (tmp_path / "data").mkdir()
+        said = desk.cli("db sql")
+        assert said.code == 0
+        assert not (tmp_path / "data" / "desk.db").exists()
+        with sqlite3.connect(tmp_path / "data" / "desk.db") as file:
+            file.executescript(said.out)
+        file.close()
+        assert desk.cli("db check").code == 0
+        assert desk.cli("db sql").out == ""
 
     def test_restored_raises_the_epoch_and_only_when_confirmed(self, desk: Desk) -> None:
         desk.cli("db upgrade")

@@ -27,10 +27,12 @@ def test_a_service_is_prepared_looked_at_and_replayed(desk: Desk) -> None:
     assert desk.cli("lag").code == 2
 
     assert desk.cli("db upgrade", f"{desk.module_name}:other").code == 0
-    assert desk.cli("db check", f"{desk.module_name}:other", "--json").data["stores"] == [
-        {"service": desk.name, "epoch": 0, "problem": None},
-        {"service": f"{desk.name}-other", "epoch": 0, "problem": None},
+    checked = desk.cli("db check", f"{desk.module_name}:other", "--json").data["stores"]
+    assert [(one["service"], one["epoch"], one["problem"], one["state"]) for one in checked] == [
+        (desk.name, 0, None, "up to date"),
+        (f"{desk.name}-other", 0, None, "up to date"),
     ]
+    assert desk.cli("db sql").out == ""
     assert desk.cli("topics apply").code == 0
     assert desk.cli("topics validate").code == 0
     assert desk.cli("topics apply", "--json").data == {"create": [], "mismatches": []}

@@ -15,6 +15,9 @@ def run(name: str) -> None:
     names: dict[str, str] = context.config.attributes["names"]
     for key, value in names.items():
         script = script.replace("{" + key + "}", value)
+    if context.is_offline_mode():
+        context.get_context().impl.static_output(script)
+        return
     # A prepared statement takes one command only, hence the driver's own `execute`.
     driver: Any = op.get_bind().connection.driver_connection
     if not driver.is_in_transaction():
