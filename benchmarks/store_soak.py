@@ -1,4 +1,4 @@
-"""python -m benchmarks.store_soak [--seconds S] [--events N] [--store sqlite|postgres] [--seed N] [--processes P]
+"""python -m benchmarks.store_soak [--seconds S] [--events N] [--store sqlite|postgres] [--seed N] [--restarts N]
 
 Sixteen writers in four processes on one store, with everything that has ever cost a store its events: several events
 per append, hot and cold streams, several streams in a unit, transactions that stay open, that hold a transaction id
