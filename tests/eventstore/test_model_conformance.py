@@ -17,7 +17,7 @@ from itertools import count, permutations
 from typing import Any
 from uuid import UUID
 
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from bus.envelope import Envelope, ReplyOutcome, StreamId
@@ -382,6 +382,7 @@ async def compare(world: World) -> None:
 @settings(
     max_examples=60,
     deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a database's pace is not for shrinking: steps are noted
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(program=PROGRAMS)
