@@ -266,6 +266,64 @@ class Lease:
     position: Position
 
 
+class Settled(StrEnum):
+    """How somebody dealt with a dead letter."""
+
+    REDRIVEN = "redriven"
+    REPLACED = "replaced"
+    """By another message, with another payload and id; the dead one stays dead."""
+    DISCARDED = "discarded"
+    HANDLED = "handled"
+    """Its message was found handled: nothing was left to do."""
+    FOLDED = "folded"
+    """A newer generation of its projection folded the event."""
+
+
+class Settling(StrEnum):
+    """What became of an attempt to settle a letter: see `Letters.settle`."""
+
+    SETTLED = "settled"
+    HANDLED = "handled"
+    CANCELLED = "cancelled"
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """`by` and `reason` are for people."""
+
+    how: Settled
+    at: datetime
+    by: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A dead letter and what became of it (None: it is open). One that died again after a redrive is there once for
+    each time: `number` tells the settled ones apart and rises with each settling; it is 0 while open."""
+
+    letter: DeadLetter
+    settled: Settlement | None = None
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LetterWhere:
+    """Which dead letters; all that is given must hold. `type` and `error` may end in `*`, `prefix` is the beginning of
+    an id (hexadecimal, dashes or not), `since` (inclusive) and `until` (exclusive) compare when they failed last."""
+
+    consumer: str | None = None
+    type: str | None = None
+    error: str | None = None
+    topic: str | None = None
+    key: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    ids: frozenset[UUID] | None = None
+    prefix: str | None = None
+
+
 @runtime_checkable
 class Tx(Protocol):
     """A transaction of the store's own database, for a user's SQL and staged units together."""
@@ -387,6 +445,9 @@ class Store(Protocol):
     @property
     def archive(self) -> Archive: ...
 
+    @property
+    def letters(self) -> Letters: ...
+
 
 class Snapshots(Protocol):
     """At most one snapshot per stream. `Store.load` reads them."""
@@ -436,6 +497,28 @@ class Archive(Protocol):
 
     async def read(self, stream: StreamId, *, after: Version = 0, limit: int = 1000) -> Slice:
         """Archived events, and the stream's version; no events when it is not archived."""
+        ...
+
+
+class Letters(Protocol):
+    """Dead letters as an operator deals with them: open ones, and those that were settled."""
+
+    async def page(
+        self, where: LetterWhere, *, settled: bool = False, after: Letter | None = None, limit: int = 100
+    ) -> Sequence[Letter]:
+        """Open ones, oldest failure first; or `settled` ones, in the order of their settling. Read on with the last one
+        as `after`. Raises ValueError for a limit below 1."""
+        ...
+
+    async def settle(self, letter: DeadLetter, settlement: Settlement, *, unit: Unit | None = None) -> Settling:
+        """One transaction: whatever it answers holds at its end, and killed in the middle it leaves nothing behind.
+
+        Only this very letter (consumer, id, time of failure) is settled: GONE when it is not open any more. REDRIVEN
+        and REPLACED commit `unit`, of timers and outgoing messages, if the claim of (consumer, id) is dead or there is
+        none; REDRIVEN gives it back, every other way of settling leaves it as it is. When the claim is done they answer
+        HANDLED (the letter is settled as that), when it was cancelled by an undo CANCELLED, and nothing of the unit is
+        written. Raises BadUnit when the unit has anything else, or is given with any other way of settling.
+        """
         ...
 
 
@@ -499,8 +582,14 @@ __all__ = [
     "Leadership",
     "Lease",
     "Leases",
+    "Letter",
+    "LetterWhere",
+    "Letters",
     "Outcome",
     "Page",
+    "Settled",
+    "Settlement",
+    "Settling",
     "Slice",
     "Snapshot",
     "Snapshots",

@@ -49,6 +49,7 @@ from eventstore.postgres.archive import PostgresArchive
 from eventstore.postgres.coalescer import FLUSHERS, Asked, Coalescer, LocksHeld
 from eventstore.postgres.errors import DRIVER_ERRORS, Trouble, kind, translated
 from eventstore.postgres.leases import PostgresLeases
+from eventstore.postgres.letters import PostgresLetters
 from eventstore.postgres.pool import Pool, driver_dsn, make_engine
 from eventstore.postgres.reading import PostgresReading, with_token
 from eventstore.postgres.snapshots import PostgresSnapshots
@@ -102,6 +103,14 @@ class PostgresStore:
         self.timers = PostgresTimers(self._rows, self.schema, clock)
         self.snapshots = PostgresSnapshots(self._rows, self.schema)
         self.archive = PostgresArchive(self.connection, self.schema)
+        self.letters = PostgresLetters(
+            self._rows,
+            self.connection,
+            lambda db, unit: self._call(db, self._rows_of([unit], ())),
+            self._retried,
+            self._wakeups.committed,
+            self.schema,
+        )
         self._reading = PostgresReading(self._rows, self.schema, self._watermark)
         # A flush that is slow lends its place, but others than `commit` want connections too.
         self._coalescer = Coalescer(

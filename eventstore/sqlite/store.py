@@ -37,6 +37,7 @@ from eventstore.port import (
     Claim,
     DeadLetter,
     Leases,
+    Letters,
     Outcome,
     Page,
     Slice,
@@ -57,6 +58,7 @@ from eventstore.sqlite.archive import SqliteArchive
 from eventstore.sqlite.database import Mergeable, SqliteDatabase
 from eventstore.sqlite.faults import is_busy, translated
 from eventstore.sqlite.leases import SqliteLeases
+from eventstore.sqlite.letters import SqliteLetters
 from eventstore.sqlite.session import DriverSession, Session, SqlalchemySession
 from eventstore.sqlite.snapshots import SqliteSnapshots
 from eventstore.sqlite.timers import SqliteTimers
@@ -92,6 +94,11 @@ class SqliteStore:
         self._timers = SqliteTimers(database, clock)
         self._snapshots = SqliteSnapshots(database)
         self._archive = SqliteArchive(database, clock)
+        self._letters = SqliteLetters(
+            database,
+            lambda connection, unit: self.commit_calls(DriverSession(connection), [Call([unit], ())]),
+            self._watch.look,
+        )
         self._engine: AsyncEngine | None = None
         self._random = random.Random()
 
@@ -271,6 +278,10 @@ class SqliteStore:
     @property
     def archive(self) -> Archive:
         return self._archive
+
+    @property
+    def letters(self) -> Letters:
+        return self._letters
 
     # --- transactions ------------------------------------------------------------------------------------------------
 
