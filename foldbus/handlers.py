@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from datetime import datetime
 from types import NoneType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -63,7 +63,7 @@ class Handler:
             self.messages = parameter_types(function, 0, Message)
         except BadDecider as error:
             raise BadHandler(f"handler {error}") from error
-        self.commands = tuple(one for one in self.messages if issubclass(one, Command))
+        self.commands = tuple(one for one in self.messages if _is_command(one))
         self.events = tuple(one for one in self.messages if issubclass(one, Event))
         self.types = frozenset(str(one.type_name) for one in self.messages)
         self._check()
@@ -102,14 +102,13 @@ class Handler:
             value = await asyncio.to_thread(self.function, message, ThreadContext(ctx, loop))
         else:
             value = await self.function(message, ctx)
-        if not isinstance(message, Command):
-            return None
-        wanted = message.reply_type()
+        kind: type[Message] = type(message)
+        wanted = kind.reply_type() if _is_command(kind) else None
         if wanted is None:
             return None
         if not isinstance(value, wanted):
             raise BadAnswer(
-                f"{self!r} answered {type(message).__name__} with {type(value).__name__}; wanted {wanted.__name__}; "
+                f"{self!r} answered {kind.__name__} with {type(value).__name__}; wanted {wanted.__name__}; "
                 "nothing was stored"
             )
         return value
@@ -248,6 +247,10 @@ class ThreadContext:
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _is_command(message: type[Message]) -> TypeGuard[type[Command[Any]]]:
+    return issubclass(message, Command)
 
 
 def _members(annotation: object) -> tuple[object, ...]:

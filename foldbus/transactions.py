@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from bus.errors import FoldbusError
 from eventstore.port import Store, Tx
@@ -31,17 +31,23 @@ async def in_transaction(given: Tx | AsyncSession | AsyncConnection, store: Stor
     readers in this process wake at once. Raises BadTransaction."""
     from sqlalchemy import event
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+    from sqlalchemy.orm import Session
 
     if isinstance(given, AsyncSession):
         sql = await given.connection()
         if store not in given.info.setdefault(_TOLD, []):
             given.info[_TOLD].append(store)
+
             # For as long as the session lives: a hint at every commit costs nothing.
-            event.listen(given.sync_session, "after_commit", lambda _: store.committed())
+            def told(session: Session) -> None:
+                del session
+                store.committed()
+
+            event.listen(given.sync_session, "after_commit", told)
         return UsersTx(sql)
     if isinstance(given, AsyncConnection):
         return UsersTx(given)
-    if isinstance(given, Tx):
+    if isinstance(cast("object", given), Tx):
         return given
     raise BadTransaction(
         f"tx is {type(given).__module__}.{type(given).__qualname__}; wanted an SQLAlchemy AsyncSession or "
