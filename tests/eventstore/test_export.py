@@ -66,10 +66,19 @@ async def test_a_store_goes_from_sqlite_to_postgresql_and_back_to_the_byte(tmp_p
 
 
 async def test_a_store_goes_from_postgresql_to_sqlite_and_back_to_the_byte(tmp_path: Path, database: str) -> None:
-    exported = await (await filled(postgres_place(database))).export()
+    first = await filled(postgres_place(database))
+    asked = claim(key="o-1", reply=reply())
+    async with first.store() as store:
+        (before,) = await store.commit([Unit(claim=asked, appends=(append("o-1", ANY),))])
+        log = await whole_log(store)
+    exported = await first.export()
     there = sqlite_place(tmp_path / "there.db")
     await there.fill(exported)
     assert await there.export() == exported
+    async with there.store() as store:
+        (standing,) = await store.examine(asked.consumer, [(asked.message_id, "o-1")])
+        assert standing.reply.token.position == before.position > 0  # the database kept that beside the reply
+        assert await whole_log(store) == log
     connection = await asyncpg.connect(database)
     await connection.execute("drop schema foldbus_shop cascade")
     await connection.close()
