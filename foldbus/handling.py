@@ -145,7 +145,12 @@ class HandlerProcessor:
         except _Lost as lost:
             return await self._judge(work, lost.outcome)
         except Refused as refusal:
-            return await self._commit(work, self._unit(envelope, refusal, None))
+            try:
+                unit = self._unit(envelope, refusal, None)
+            except Exception as error:  # too large, or no JSON: this message fails, nobody else
+                work.item.examine = True
+                return Failed(error)
+            return await self._commit(work, unit)
         except StoreUnavailable:
             raise
         except Exception as error:

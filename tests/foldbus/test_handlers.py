@@ -209,6 +209,21 @@ class TestAHandler:
         assert await balance(store, "a-rest") is None
         assert await answers(store) == [(id, "refused")] * 2
 
+    @pytest.mark.parametrize("refusal", [TooMuch("x" * 2_000_000), TooMuch("half \ud800"), TooMuch(by=NOON)])  # type: ignore[arg-type]
+    async def test_whose_refusal_cannot_be_sent_fails_alone(self, store: Store, refusal: Refused) -> None:
+        """An error that leaves `process` says nothing about any message: this one would come again for ever."""
+
+        async def refuse(command: Pay, ctx: Context) -> Paid:
+            if command.cents == 13:
+                raise refusal
+            return Paid(account=command.account, cents=1, balance=1)
+
+        processor = command_processor(connection(store, refuse))
+        one, other = item(Pay(account="a", cents=13)), item(Pay(account="b", cents=1))
+        assert kinds(await processor.process([one, other], {})) == ["Failed", "Done"]
+        await processor.give_up(one, Failure("MessageTooLarge", "no", "", 3, NOON, NOON, "1"))
+        assert await answers(store) == [(other.envelope.id, "ok"), (one.envelope.id, "died")]
+
     async def test_without_sql_needs_no_transaction(self, store: Store) -> None:
         async def quiet(command: Pay, ctx: Context) -> Paid:
             ctx.append(notes, Notified(account=command.account, so_far=1), expected=0)
