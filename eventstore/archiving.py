@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bus.envelope import Position, StreamId, Version
 from eventstore.errors import NoSuchStream, NotSeen, NotTruncated, StreamArchived, WrongExpectedVersion
-from eventstore.port import StreamInfo
+from eventstore.port import Outcome, StreamInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,20 @@ def is_archived(found: Found, *, expected: Version) -> bool:
     if found.info.version != expected:
         raise WrongExpectedVersion(found.info.stream, expected=expected, actual=found.info.version)
     return found.info.archived_at is not None
+
+
+def misfit(outcome: Outcome) -> StreamArchived | WrongExpectedVersion | None:
+    """Why a CONFLICT is one; None where no stream was at fault. An archived stream's `actual` is minus its version: its
+    writer need not read it again, it stays closed."""
+    stream, actual = outcome.stream, outcome.actual
+    if stream is None or actual is None:
+        return None
+    if actual < 0:
+        return StreamArchived(
+            f"stream {stream} was archived at version {-actual}: it takes no events, nothing was written; "
+            "`foldbus store restore-stream` opens it again"
+        )
+    return WrongExpectedVersion(stream, expected=outcome.expected, actual=actual)
 
 
 def is_truncated(found: Found, *, upto: Version, schema: str | None) -> bool:

@@ -15,10 +15,12 @@ from uuid import UUID
 from bus.codec import died_reply, reply_envelope
 from bus.envelope import Envelope, Failure, Kind, Origin, ReplyOutcome, StreamId
 from bus.metrics import Metrics
-from bus.processing import Again, Done, Item, Result
+from bus.processing import Again, Done, Failed, Item, Result
 from bus.seams import Clock, Ids
 from bus.transport import Delivery
+from eventstore.archiving import misfit
 from eventstore.behaviour import Decision
+from eventstore.errors import StreamArchived
 from eventstore.letters import DeadLetters
 from eventstore.port import Claim, ClaimState, Fence, Outcome, Standing, Store, Unit, Verdict
 
@@ -127,6 +129,8 @@ class Claims:
                     resend.append(again.unit)
                 return Done()
             case Verdict.CONFLICT:
+                if isinstance(why := misfit(outcome), StreamArchived):
+                    return Failed(why)  # it stays closed: whoever does not load it would lose for ever
                 item.examine = True
                 self._metrics.count("foldbus_conflicts_total", consumer=self.consumer)
                 return Again()  # at once; who keeps losing is slowed down by whoever gives it again

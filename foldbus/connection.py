@@ -25,8 +25,8 @@ from bus.processing import Item
 from bus.seams import Clock, Failpoint, Ids, NoFailpoints, SystemClock, Uuid7Ids
 from bus.topics import apply, validate
 from bus.transport import Transport
+from eventstore.archiving import misfit
 from eventstore.decider import Decider
-from eventstore.errors import WrongExpectedVersion
 from eventstore.port import ClaimState, Store, Tx, Unit, Verdict
 from eventstore.repository import Loaded, Repository, Step
 from foldbus.backends import BusUrl, StoreUrl, open_store, open_transport
@@ -277,16 +277,17 @@ class Connection:
 
         With `tx`, an SQLAlchemy session or connection on the store's own database, they are written in its transaction,
         beside your own rows, and live or die with it: committing is up to you, and best done soon, since readers of the
-        log wait for an appender. Raises WrongExpectedVersion when a stream moved on; nothing of the unit is written.
+        log wait for an appender. Raises WrongExpectedVersion when a stream moved on, StreamArchived when it is closed;
+        nothing of the unit is written.
         """
         staged = StagedUnit(self.service.name, self.envelope, max_bytes=self.transport.max_bytes)
         yield staged
         within = None if tx is None else await in_transaction(tx, self.store)
         (outcome,) = await self.store.commit([staged.unit()], tx=within)
         if outcome.verdict is not Verdict.COMMITTED:
-            assert outcome.stream is not None, outcome
-            assert outcome.actual is not None, outcome
-            raise WrongExpectedVersion(outcome.stream, expected=outcome.expected, actual=outcome.actual)
+            why = misfit(outcome)
+            assert why is not None, outcome
+            raise why
 
     def view(self, projection: Projection[Row]) -> View[Row]:
         """A read model of this service, to look at: `get(key, after=answer)` waits until it has seen that answer."""

@@ -99,7 +99,7 @@ class Call:
     def _append(self, unit: int, append: Append) -> tuple[int, int]:
         """The places of its last event and of its last public one (0: none)."""
         category, id = append.stream.category, append.stream.id
-        expected = -1 if append.expected is ANY else int(append.expected)
+        expected = _ANY if append.expected is ANY else int(append.expected)
         self._touch(unit, (category, id), expected, len(append.envelopes))
         touch, at, last_public = len(self._touches), len(self._row_units), 0
         for nth, envelope in enumerate(append.envelopes, 1):
@@ -302,6 +302,8 @@ class Call:
 
 
 _NO_CLAIM = (0,) * 6
+_ANY = -(2**63)
+"""As `commit_calls` is told. Not -1: so says the row of an archived stream of one event, and it would fit."""
 
 
 def has_effect(claim: Claim) -> bool:

@@ -79,6 +79,7 @@ class TestArchive:
         head = await archived(store)
         alone = await one(store, Unit(claim=claim(key="o-1"), appends=(append("o-1", expected),)))
         assert (alone.verdict, alone.stream) == (Verdict.CONFLICT, O1)
+        assert (alone.expected, alone.actual) == (expected, -3)  # not a version that a writer could expect
         found = await store.commit(
             [
                 Unit(claim=claim(key="x"), appends=(append("x", 0),)),
@@ -93,8 +94,19 @@ class TestArchive:
 
     async def test_fails_who_asserts_the_version_that_the_stream_had(self, store: Any) -> None:
         await archived(store)
-        found = await one(store, Unit(claim=claim(key="o-1"), asserts=((O1, 3),)))
-        assert found.verdict is Verdict.CONFLICT
+        for expected in (0, 3):
+            found = await one(store, Unit(claim=claim(key="o-1"), asserts=((O1, expected),)))
+            assert (found.verdict, found.stream) == (Verdict.CONFLICT, O1)
+            assert (found.expected, found.actual) == (expected, -3)
+
+    async def test_closes_a_stream_of_one_event_too(self, store: Any) -> None:
+        """Its version is stored as -1, which elsewhere means any."""
+        head = await grown(store, 1)
+        await store.archive.archive(O1, expected=1, seen=head)
+        for expected in (ANY, 0, 1):
+            found = await one(store, Unit(appends=(append("o-1", expected),)))
+            assert (found.verdict, found.expected, found.actual) == (Verdict.CONFLICT, expected, -1)
+        assert await store.head() == head
 
     async def test_is_refused_to_who_knows_another_version(self, store: Any) -> None:
         head = await grown(store)
