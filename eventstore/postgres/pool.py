@@ -13,8 +13,9 @@ from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import asyncpg
-from sqlalchemy import URL, PoolProxiedConnection, QueuePool, make_url
+from sqlalchemy import URL, PoolProxiedConnection, QueuePool, event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from bus.errors import FoldbusError
@@ -64,6 +65,7 @@ class Pool:
     def __init__(self, engine: AsyncEngine, metrics: Metrics) -> None:
         self._engine, self._metrics = engine, metrics
         self._closing: set[asyncio.Task[None]] = set()
+        event.listen(engine.sync_engine, "checkin", self._returned)
 
     @asynccontextmanager
     async def connection(self) -> AsyncGenerator[asyncpg.Connection[asyncpg.Record], None]:
@@ -88,6 +90,15 @@ class Pool:
             else:
                 pooled.detach()
                 self._discard(driver, cancelled=cancelled)
+
+    def _returned(self, _: object, record: ConnectionPoolEntry) -> None:
+        """SQLAlchemy gives back a connection whose rollback failed, for one because another task's statement still runs
+        on it, as if it had worked. Whoever had it next would commit within that transaction, and lose it all."""
+        driver = cast("asyncpg.Connection[asyncpg.Record] | None", record.driver_connection)
+        if driver is not None and not driver.is_closed() and driver.is_in_transaction():
+            self._metrics.count("foldbus_store_connections_discarded_total")
+            log.warning("a connection was given back in the middle of a transaction and is closed")
+            record.invalidate()
 
     async def _acquire(self) -> PoolProxiedConnection:
         """A connection that must be made is made aside: cancelled in the middle of it, asyncpg leaves an exception that

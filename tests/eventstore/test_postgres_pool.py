@@ -15,6 +15,7 @@ import pytest
 from bus.metrics import MemoryMetrics
 from eventstore.errors import SchemaMismatch, StoreUnavailable
 from eventstore.postgres.pool import Pool, make_engine
+from tests.eventstore.locks import blocked, connected
 
 
 @asynccontextmanager
@@ -90,3 +91,28 @@ async def test_a_statement_that_is_cancelled_costs_its_connection_and_no_warning
         await asyncio.gather(waiting, return_exceptions=True)
         assert metrics.total("foldbus_store_connections_discarded_total") == 1
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_what_is_written_after_somebody_left_a_transaction_open_is_kept(database: str) -> None:
+    """A handler ends while a statement of another task or thread is under way: the rollback fails, and SQLAlchemy gives
+    the connection back as if it had worked. What the next one wrote there was acknowledged, and gone."""
+    statements: list[asyncio.Task[Any]] = []
+    async with connected(database) as other, pool_on(database) as (pool, metrics):
+        engine = pool._engine  # pyright: ignore[reportPrivateUsage]
+
+        async def leave_it_running() -> None:
+            async with engine.connect() as sql, sql.begin():
+                await sql.exec_driver_sql("create table undone ()")
+                statements.append(asyncio.create_task(sql.exec_driver_sql("select pg_advisory_lock(7)")))
+                await blocked(database)
+                raise RuntimeError("a bug")
+
+        await other.execute("select pg_advisory_lock(7)")
+        with pytest.raises(Exception):  # noqa: B017 - the driver's own, about the other statement
+            await leave_it_running()
+        await other.execute("select pg_advisory_unlock(7)")
+        await asyncio.gather(*statements, return_exceptions=True)
+        async with pool.connection() as db:
+            await db.execute("create table kept ()")
+        assert await other.fetchval("select to_regclass('kept') is not null and to_regclass('undone') is null")
+        assert metrics.total("foldbus_store_connections_discarded_total") == 1
