@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from uuid import NAMESPACE_URL, UUID, uuid5
 
+from bus.cloudevents import to_record
 from bus.codec import HEADROOM_BYTES
 from bus.envelope import Envelope, Failure, Kind
 from bus.metrics import Metrics
@@ -42,7 +43,11 @@ class DeadLetters:
         reply: Envelope | None = None,
     ) -> Unit:
         """Gives up a message that was read. Without a `delivery` it came from a timer (which is taken away, or it would
-        be due again at the end of every lease) or, with `source`, from the own log."""
+        be due again at the end of every lease; its headers are those it would have on a topic, so that it can be
+        redriven) or, with `source`, from the own log."""
+        headers = delivery.headers if delivery else ()
+        if delivery is None and not source:
+            headers = to_record(replace(envelope, topic=envelope.topic or "-")).headers
         letter = DeadLetter(
             consumer=self._consumer,
             id=envelope.id,
@@ -51,7 +56,7 @@ class DeadLetters:
             offset=delivery.offset if delivery else envelope.position or -1,
             key=delivery.key if delivery else envelope.key.encode(),
             value=delivery.value if delivery else envelope.data,
-            headers=delivery.headers if delivery else (),
+            headers=headers,
             failure=failure,
             type=envelope.type,
         )

@@ -18,19 +18,21 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
-from bus.cloudevents import from_record
+from bus.cloudevents import from_record, to_record
 from bus.codec import command_type_name
 from bus.consumer import ConsumerEngine, EngineSettings
 from bus.envelope import Envelope
 from bus.errors import MissingTopics, Undecodable, UnknownType
 from bus.messages import Event
-from bus.processing import Item, Processor
-from bus.transport import Delivery
+from bus.processing import Item, Processor, Result
+from bus.transport import Assignment, Delivery
 from bus.upcast_processing import UpcastProcessor
 from eventstore.behaviour import Behaviour
 from eventstore.decider import DeciderBehaviour
 from eventstore.errors import StoreUnavailable
+from eventstore.port import CancelTimer, Store, Timer, Unit
 from foldbus.handlers import Handler
 from foldbus.handling import HandlerProcessor
 from foldbus.relay import Relay, RelaySettings
@@ -196,7 +198,7 @@ class Worker:
         self.engines: list[ConsumerEngine] = []
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done, with its error, when a part failed for good."""
-        self._replies: ConsumerEngine | None = None
+        self._consumers: dict[str, ConsumerEngine] = {}
         self._build()
 
     def _build(self) -> None:
@@ -210,7 +212,7 @@ class Worker:
             topics = sorted({self._topic(one.start) for one in service.sagas if one.name == name})
             self._engine(topics, start_processor(self.connection, name))
         if service.sagas:
-            self._replies = self._engine([f"{service.name}.replies"], reply_processor(self.connection))
+            self._engine([f"{service.name}.replies"], reply_processor(self.connection))
         self.relay = Relay(
             self.connection.store,
             self.connection.transport,
@@ -226,7 +228,7 @@ class Worker:
     def _topic(self, event: type[Event]) -> str:
         return self.connection.service.topic_of(event)
 
-    def _engine(self, topics: list[str], processor: Processor) -> ConsumerEngine:
+    def _engine(self, topics: list[str], processor: Processor) -> None:
         connection = self.connection
         engine = ConsumerEngine(
             connection.transport,
@@ -239,7 +241,7 @@ class Worker:
             failpoint=connection.failpoint,
         )
         self.engines.append(engine)
-        return engine
+        self._consumers[processor.group] = engine
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
@@ -254,8 +256,8 @@ class Worker:
         ]
         background = [asyncio.create_task(self.relay.run(), name="relay")]
         background += [asyncio.create_task(runner.run(), name="projection") for runner in self.runners]
-        if self._replies is not None:
-            background.append(asyncio.create_task(self._timers(self._replies), name="timers"))
+        if self.engines:
+            background.append(asyncio.create_task(self._timers(), name="timers"))
         for task in (*parts, *background):
             task.add_done_callback(self._part_ended)
         self.ended.add_done_callback(lambda _: body.cancel())
@@ -306,19 +308,83 @@ class Worker:
                 waited += 0.5
                 await asyncio.sleep(0.5)
 
-    async def _timers(self, engine: ConsumerEngine) -> None:
-        """Hands due timers to the replies' engine, where they wait in their saga's queue like any message."""
-        timers = self.connection.store.timers
+    async def _timers(self) -> None:
+        """Hands each due timer to its consumer's engine, where it waits in its key's queue like any message."""
+        timers, metrics = self.connection.store.timers, self.connection.metrics
+        hands = _Hands()
         while True:
             try:
+                await hands.put_away(self.connection.store)
                 for timer in await timers.due(limit=500):
-                    if engine.offer(Item(timer.envelope, None)) is None:
+                    if hands.hold(timer):
+                        continue  # its lease ended before it was handled
+                    engine = self._consumers.get(timer.consumer)
+                    ended = engine.offer(Item(timer.envelope, _redelivery(timer))) if engine is not None else None
+                    if ended is not None:
+                        hands.take(timer, ended)
+                        metrics.count("foldbus_timers_fired_total", consumer=timer.consumer)
+                    elif engine is not None:
                         await timers.release(timer, delay_s=self.settings.timer_poll_s)
                     else:
-                        self.connection.metrics.count("foldbus_timers_fired_total", consumer=timer.consumer)
+                        metrics.count("foldbus_timers_homeless_total", consumer=timer.consumer)
+                        log.warning("timer %s waits: nobody here is consumer %s", timer.id, timer.consumer)
+                        await timers.release(timer, delay_s=_HOMELESS_S)
             except StoreUnavailable as error:
                 log.warning("timers wait, the store does not answer: %s", error)
             await asyncio.sleep(self.settings.timer_poll_s)
+
+
+_HOMELESS_S = 30.0
+"""How long a timer is left alone whose consumer is nobody of this code."""
+
+
+class _Hands:
+    """The redriven messages that this worker has in hand. A saga's timer is taken away by the unit that handles it; a
+    redriven message is handled as if it came from its topic, so its timer is taken away here, after that: killed in
+    between, it comes up once more and is found handled."""
+
+    def __init__(self) -> None:
+        self._held: set[tuple[str, UUID]] = set()
+        self._handled: list[CancelTimer] = []
+
+    def hold(self, timer: Timer) -> bool:
+        return (timer.consumer, timer.id) in self._held
+
+    def take(self, timer: Timer, ended: asyncio.Future[Result]) -> None:
+        if not _is_redriven(timer):
+            return
+        name = (timer.consumer, timer.id)
+        self._held.add(name)
+
+        def put_down(ended: asyncio.Future[Result]) -> None:
+            if ended.cancelled():  # the engine ended: whoever comes next gets it again
+                self._held.discard(name)
+            else:
+                self._handled.append(CancelTimer(*name))
+
+        ended.add_done_callback(put_down)
+
+    async def put_away(self, store: Store) -> None:
+        """Raises StoreUnavailable; then they are put away the next time."""
+        while self._handled:
+            some = self._handled[:500]
+            await store.commit([Unit(timers=tuple(some))])
+            del self._handled[: len(some)]
+            self._held.difference_update((one.consumer, one.id) for one in some)
+
+
+def _is_redriven(timer: Timer) -> bool:
+    """A saga's timers bear the id of their message; see `foldbus/redriving.py`."""
+    return timer.id != timer.envelope.id
+
+
+def _redelivery(timer: Timer) -> Delivery | None:
+    """The record that a redriven message came in, but for its place: should it die again, its letter needs that."""
+    envelope = timer.envelope
+    if not _is_redriven(timer) or envelope.topic is None:
+        return None
+    record = to_record(envelope)
+    return Delivery(Assignment(envelope.topic, -1), -1, record.key, record.value, record.headers, envelope.time)
 
 
 class _Body:

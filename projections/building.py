@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol
@@ -9,12 +10,15 @@ from typing import Generic, Protocol
 from bus.codec import Codec
 from bus.metrics import MemoryMetrics, Metrics
 from bus.seams import Clock, Failpoint, NoFailpoints, SystemClock
+from eventstore.errors import StoreUnavailable
 from eventstore.port import Leases
 from projections.definition import Projection
 from projections.errors import RebuildStopped
 from projections.folding import Folder, Unfolded
 from projections.letters import Committing, Letters
 from projections.port import LOG, Checkpoint, Feed, FeedFactory, FeedPage, Place, Row, Rows
+
+log = logging.getLogger("foldbus.projections")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,9 @@ class Builder(Generic[Row]):
         self._folder = Folder(
             shop.projection, shop.codec, attempts=shop.settings.attempts, cache_rows=shop.settings.cache_rows
         )
-        self._letters = Letters(shop.store, shop.projection.name, clock=shop.clock, metrics=shop.metrics)
+        self._letters = Letters(
+            shop.store, shop.projection.name, generation=generation, clock=shop.clock, metrics=shop.metrics
+        )
 
     async def reload(self) -> None:
         """Forget everything, start from what is stored. Raises Fenced when the generation is gone."""
@@ -122,6 +128,14 @@ class Builder(Generic[Row]):
             projection=shop.projection.name, generation=str(self.generation),
         )  # fmt: skip
         return page
+
+    async def settle_letters(self) -> None:
+        """For the generation that serves: dead letters of events that it folded are settled, see `Letters.settle`. What
+        cannot be settled now is when the generation is next followed."""
+        try:
+            await self._letters.settle(self.checkpoint)
+        except StoreUnavailable as error:
+            log.warning("%s: dead letters are settled later: %s", self._shop.projection.name, error)
 
     def done(self) -> int:
         return sum(place.offset for place in self.checkpoint.places.values())

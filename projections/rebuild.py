@@ -84,6 +84,7 @@ async def _swap(shop: Workshop[Row], builder: Builder[Row]) -> bool:
         await asyncio.sleep(_IDLE_S)
         return False
     shop.failpoint.hit("after-swap")
+    await builder.settle_letters()
     shop.metrics.count("foldbus_projection_swaps_total", projection=shop.projection.name)
     log.info("%s: generation %s serves, %s is retired", shop.projection.name, builder.generation, serving.number)
     return True

@@ -130,6 +130,7 @@ class ProjectionRunner(Generic[Row]):
                         await asyncio.sleep(0.02)
                         continue
                     await builder.reload()
+                    await builder.settle_letters()  # of a swap that was cut off
                     state.doing = Doing.FOLLOWING
                     try:
                         while not leadership.lost:

@@ -10,6 +10,7 @@ import pytest
 
 from bus.metrics import MemoryMetrics
 from bus.transport import TopicSpec, Transport
+from eventstore.port import LetterWhere, Settled
 from projections import (
     Doing,
     ProjectionRunner,
@@ -20,6 +21,7 @@ from projections import (
     swap_back,
     verify,
 )
+from tests.projections import world
 from tests.projections.test_runner import Crash, Once, caught_up, orders
 from tests.projections.world import (
     SETTINGS,
@@ -247,3 +249,52 @@ async def test_verify_names_the_keys_that_differ(store: Any) -> None:
     found = await verify(shop)
     assert [one.key for one in found.differences] == ["c1", "c2", "c99"]
     assert found.different == 3
+
+
+POISON = Placed(order_id="2", customer_id="a", cents=666)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_a_letter_is_settled_once_a_newer_generation_folded_its_event(
+    store: Any, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """Also when the swap was all that was done: whoever follows the generation settles it."""
+    await append(store, Placed(order_id="1", customer_id="a"))
+    await append(store, POISON)
+    at = await append(store, Placed(order_id="3", customer_id="b"))
+    async with running(ProjectionRunner(workshop(store))):
+        await caught_up(workshop(store), at)
+    (letter,) = await store.dead_letters()
+
+    monkeypatch.setattr(world, "POISON_CENTS", -1)  # the code is mended
+    shop = workshop(store, failpoint=Once("after-swap" if killed else "nowhere"))
+    if killed:
+        with pytest.raises(Crash):
+            await rebuilt(shop)
+        assert [one.id for one in await store.dead_letters()] == [letter.id]
+    else:
+        await rebuilt(shop)
+        assert await store.dead_letters() == []
+    async with running(ProjectionRunner(workshop(store))):
+        await eventually(lambda: _no_letters(store))
+    (kept,) = await store.letters.page(LetterWhere(), settled=True)
+    assert (kept.letter, kept.settled.how) == (letter, Settled.FOLDED)
+    assert "generation 2" in kept.settled.reason
+    assert (await all_rows(shop.rows))["a"].trail == ("1", "2")
+
+
+async def test_a_letter_stays_open_when_the_newer_generation_gave_its_event_up_as_well(store: Any) -> None:
+    await append(store, POISON)
+    at = await append(store, Placed(order_id="3", customer_id="b"))
+    async with running(ProjectionRunner(workshop(store))):
+        await caught_up(workshop(store), at)
+    await rebuilt(workshop(store), skip_failures=True)
+    again = await append(store, Placed(order_id="4", customer_id="b"))
+    async with running(ProjectionRunner(workshop(store))):
+        await caught_up(workshop(store), again)
+    assert len(await store.dead_letters()) == 1
+    assert await store.letters.page(LetterWhere(), settled=True) == []
+
+
+async def _no_letters(store: Any) -> bool:
+    return not await store.dead_letters()

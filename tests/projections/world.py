@@ -74,11 +74,15 @@ def _sorted(row: Customer) -> Customer:
     return row.model_copy(update={"trail": tuple(sorted(row.trail))})
 
 
+POISON_CENTS = 666
+"""The fold of an event with so many raises; a test that mends the code patches this."""
+
+
 @projection("customers", version=1, key=by_customer)
 def customers(row: Customer | None, event: Placed | Closed) -> Customer | None:
     match event:
         case Placed(cents=cents):
-            if cents == 666:
+            if cents == POISON_CENTS:
                 raise ValueError("this event is poison")
             return _added(row, event, cents, event.order_id)
         case Closed():
