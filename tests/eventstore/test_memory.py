@@ -21,7 +21,7 @@ GROWTH_MIB = 30
 async def test_reading_a_log_and_rebuilding_an_aggregate_needs_no_more_memory_for_more_events(
     unmigrated: Backend, tmp_path: Path
 ) -> None:
-    """In a process of its own, whose highest resident size says what it ever held. A million: `benchmarks/memory.py`."""
+    """In a process of its own, whose highest resident size tells what it ever held. A million: benchmarks/memory.py."""
     store = f"sqlite:{tmp_path}" if unmigrated.name == "sqlite" else unmigrated.where
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks.memory", "--store", store, "--events", str(FEW), str(MANY)),
