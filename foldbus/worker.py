@@ -18,26 +18,24 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
-from bus.cloudevents import from_record, to_record
+from bus.cloudevents import from_record
 from bus.codec import command_type_name
 from bus.consumer import ConsumerEngine, EngineSettings
 from bus.envelope import Envelope
 from bus.errors import MissingTopics, Undecodable, UnknownType
 from bus.messages import Event
-from bus.processing import Item, Processor, Result
-from bus.transport import Assignment, Delivery
+from bus.processing import Processor
+from bus.transport import Delivery
 from bus.upcast_processing import UpcastProcessor
 from eventstore.behaviour import Behaviour
 from eventstore.decider import DeciderBehaviour
-from eventstore.errors import StoreUnavailable
-from eventstore.port import CancelTimer, Store, Timer, Unit
 from foldbus.handlers import Handler
 from foldbus.handling import HandlerProcessor
 from foldbus.relay import Relay, RelaySettings
 from foldbus.runtime import UnitProcessor
 from foldbus.service import handler_group
+from foldbus.timing import DueTimers
 from foldbus.views import all_projections, projection_runner
 from projections import ProjectionSettings
 from sagas import CANCEL_TYPE, RETRY_TYPE, TIMEOUT_TYPE, SagaBehaviour, SagaDefinition, saga_group
@@ -257,7 +255,13 @@ class Worker:
         background = [asyncio.create_task(self.relay.run(), name="relay")]
         background += [asyncio.create_task(runner.run(), name="projection") for runner in self.runners]
         if self.engines:
-            background.append(asyncio.create_task(self._timers(), name="timers"))
+            timers = DueTimers(
+                self.connection.store,
+                self._consumers,
+                metrics=self.connection.metrics,
+                poll_s=self.settings.timer_poll_s,
+            )
+            background.append(asyncio.create_task(timers.run(), name="timers"))
         for task in (*parts, *background):
             task.add_done_callback(self._part_ended)
         self.ended.add_done_callback(lambda _: body.cancel())
@@ -307,84 +311,6 @@ class Worker:
                     log.warning("waiting for topics: %s", error)
                 waited += 0.5
                 await asyncio.sleep(0.5)
-
-    async def _timers(self) -> None:
-        """Hands each due timer to its consumer's engine, where it waits in its key's queue like any message."""
-        timers, metrics = self.connection.store.timers, self.connection.metrics
-        hands = _Hands()
-        while True:
-            try:
-                await hands.put_away(self.connection.store)
-                for timer in await timers.due(limit=500):
-                    if hands.hold(timer):
-                        continue  # its lease ended before it was handled
-                    engine = self._consumers.get(timer.consumer)
-                    ended = engine.offer(Item(timer.envelope, _redelivery(timer))) if engine is not None else None
-                    if ended is not None:
-                        hands.take(timer, ended)
-                        metrics.count("foldbus_timers_fired_total", consumer=timer.consumer)
-                    elif engine is not None:
-                        await timers.release(timer, delay_s=self.settings.timer_poll_s)
-                    else:
-                        metrics.count("foldbus_timers_homeless_total", consumer=timer.consumer)
-                        log.warning("timer %s waits: nobody here is consumer %s", timer.id, timer.consumer)
-                        await timers.release(timer, delay_s=_HOMELESS_S)
-            except StoreUnavailable as error:
-                log.warning("timers wait, the store does not answer: %s", error)
-            await asyncio.sleep(self.settings.timer_poll_s)
-
-
-_HOMELESS_S = 30.0
-"""How long a timer is left alone whose consumer is nobody of this code."""
-
-
-class _Hands:
-    """The redriven messages that this worker has in hand. A saga's timer is taken away by the unit that handles it; a
-    redriven message is handled as if it came from its topic, so its timer is taken away here, after that: killed in
-    between, it comes up once more and is found handled."""
-
-    def __init__(self) -> None:
-        self._held: set[tuple[str, UUID]] = set()
-        self._handled: list[CancelTimer] = []
-
-    def hold(self, timer: Timer) -> bool:
-        return (timer.consumer, timer.id) in self._held
-
-    def take(self, timer: Timer, ended: asyncio.Future[Result]) -> None:
-        if not _is_redriven(timer):
-            return
-        name = (timer.consumer, timer.id)
-        self._held.add(name)
-
-        def put_down(ended: asyncio.Future[Result]) -> None:
-            if ended.cancelled():  # the engine ended: whoever comes next gets it again
-                self._held.discard(name)
-            else:
-                self._handled.append(CancelTimer(*name))
-
-        ended.add_done_callback(put_down)
-
-    async def put_away(self, store: Store) -> None:
-        """Raises StoreUnavailable; then they are put away the next time."""
-        while self._handled:
-            some = self._handled[:500]
-            await store.commit([Unit(timers=tuple(some))])
-            del self._handled[: len(some)]
-            self._held.difference_update((one.consumer, one.id) for one in some)
-
-
-def _is_redriven(timer: Timer) -> bool:
-    """A saga's timers bear the id of their message; see `foldbus/redriving.py`."""
-    return timer.id != timer.envelope.id
-
-
-def _redelivery(timer: Timer) -> Delivery | None:
-    """The record that a redriven message came in, but for its place: should it die again, its letter needs that."""
-    envelope = timer.envelope
-    if not _is_redriven(timer) or envelope.topic is None:
-        return None
-    record = to_record(envelope)
-    return Delivery(Assignment(envelope.topic, -1), -1, record.key, record.value, record.headers, envelope.time)
 
 
 class _Body:

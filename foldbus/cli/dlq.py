@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import getpass
 import json
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 import typer
 
-from bus.errors import FoldbusError
 from bus.metrics import MemoryMetrics
 from bus.seams import SystemClock, Uuid7Ids
 from eventstore.port import DeadLetter, Letter, LetterWhere, Store
+from foldbus.cli.letters import (
+    SAME_MAX,
+    BadFilter,
+    Consumer,
+    Error,
+    Key,
+    Since,
+    Topic,
+    Type,
+    UnknownLetter,
+    Until,
+    check_chosen,
+    document,
+    edit_of,
+    is_id,
+    letters_of,
+    line_of,
+    settled_text,
+    where_of,
+)
 from foldbus.cli.loading import AppArgument, JsonOption, StoreOption, UnusedBus, YesOption, load_service, settings
 from foldbus.cli.running import WRONG, finish, store_of
 from foldbus.cli.showing import print_columns, print_json, say
@@ -32,26 +49,8 @@ dlq = typer.Typer(no_args_is_help=True, help="Dead letters.")
 IdsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[ID...]", help="As `dlq list` shows them, or beginnings")
 ]
-Consumer = Annotated[str | None, typer.Option(help="Only those that this consumer gave up")]
-Type = Annotated[str | None, typer.Option(help="Only this type; ends in * for all that begin so")]
-Error = Annotated[str | None, typer.Option(help="Only this class of error; ends in * for all that begin so")]
-Topic = Annotated[str | None, typer.Option(help="Only those that came from this topic")]
-Key = Annotated[str | None, typer.Option(help="Only this key")]
-Since = Annotated[str | None, typer.Option(help="Only those that failed at this time or later (ISO 8601, UTC)")]
-Until = Annotated[str | None, typer.Option(help="Only those that failed before this time")]
 Everything = Annotated[bool, typer.Option("--everything", help="All open ones: instead of ids and filters")]
 Limit = Annotated[int, typer.Option(min=1, help="At most so many, oldest first")]
-
-_SAME_MAX = 50
-"""Letters of one id: one for each consumer that gave it up."""
-
-
-class UnknownLetter(FoldbusError):
-    """No dead letter has that id, or several may be meant."""
-
-
-class BadFilter(FoldbusError):
-    """Nothing can be chosen by this."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -75,7 +74,7 @@ def list_(
     as_json: JsonOption = False,
 ) -> None:
     """The open dead letters of a service, oldest failure first."""
-    where = _where(consumer, type, error, topic, key, since, until)
+    where = where_of(consumer, type, error, topic, key, since, until)
 
     async def run() -> list[Letter]:
         async with store_of(load_service(service), settings(store)) as opened:
@@ -87,11 +86,11 @@ def list_(
     found = finish(run())
     letters, more = found[:limit], len(found) > limit
     if as_json:
-        print_json({"dead_letters": [_document(one) for one in letters], "more": more})
+        print_json({"dead_letters": [document(one) for one in letters], "more": more})
         return
     print_columns(
         ("failed at", "consumer", "id", "type", "from", "attempts", "error", *(["settled"] if all_ else [])),
-        [(*_line(one.letter), *([_settled(one)] if all_ else [])) for one in letters],
+        [(*line_of(one.letter), *([settled_text(one)] if all_ else [])) for one in letters],
     )
     if more:
         say(f"there are more than these {limit}; see --limit")
@@ -110,18 +109,18 @@ def show(
 
     async def run() -> list[Letter]:
         async with store_of(load_service(service), settings(store)) as opened:
-            return await _of(opened, id, consumer)
+            return await letters_of(opened, id, consumer)
 
     found = finish(run())
     if as_json:
-        print_json({"letters": [_document(one) for one in found]})
+        print_json({"letters": [document(one) for one in found]})
         return
     for nth, one in enumerate(found):
         if nth:
             print()
-        document = _document(one)
-        stack, headers = document.pop("stack"), document.pop("headers")
-        for name, value in document.items():
+        facts = document(one)
+        stack, headers = facts.pop("stack"), facts.pop("headers")
+        for name, value in facts.items():
             if value is not None:
                 print(f"{name}: {json.dumps(value, default=str) if isinstance(value, dict) else value}")
         for header in headers:
@@ -155,9 +154,9 @@ def redrive(
     as_json: JsonOption = False,
 ) -> None:
     """Handles messages after all. Without --yes it only tells what it would do. Exits 1 when it refuses one."""
-    where = _where(consumer, type, error, topic, key, since, until)
-    _check_chosen(ids, where, everything)
-    changed = _edit(edit, set_ or [], as_type)
+    where = where_of(consumer, type, error, topic, key, since, until)
+    check_chosen(ids, where, everything)
+    changed = edit_of(edit, set_ or [], as_type)
     lines, more = finish(
         _redrive(load_service(service), settings(store), ids, where, limit, per_second, changed, dry=not yes),
         hint="what was redriven is; run it again for the rest",
@@ -185,8 +184,8 @@ def discard(
     as_json: JsonOption = False,
 ) -> None:
     """Settles letters without handling them. Without --yes it only tells which."""
-    where = _where(consumer, type, error, topic, key, since, until)
-    _check_chosen(ids, where, everything)
+    where = where_of(consumer, type, error, topic, key, since, until)
+    check_chosen(ids, where, everything)
     if not reason.strip():
         raise BadFilter("--reason is empty; wanted why nobody will handle it")
     lines, more = finish(
@@ -274,14 +273,14 @@ async def _choose(
         wanted: set[UUID] = set()
         for text in ids:
             try:
-                meant = (await _of(store, text, where.consumer))[0].letter.id
+                meant = (await letters_of(store, text, where.consumer))[0].letter.id
             except UnknownLetter:
-                if not _is_id(text):
+                if not is_id(text):
                     raise
                 meant = UUID(text)
             wanted.add(meant)
         where = replace(where, ids=frozenset(wanted))
-        limit = max(limit, len(ids) * _SAME_MAX)
+        limit = max(limit, len(ids) * SAME_MAX)
     found = [one.letter async for one in redriver.chosen(where, limit=limit + 1)]
     missing = sorted((where.ids or frozenset[UUID]()) - {one.id for one in found})
     lines: list[_Line] = [(None, str(id), Became.REFUSED.value, await redriver.why_not(id)) for id in missing]
@@ -324,141 +323,3 @@ def _tell(lines: Sequence[_Line], more: bool, limit: int, as_json: bool, *, dry:
             say(f"there are more than these {limit}; see --limit")
     if any(became in (Became.REFUSED, Became.GONE, "would refuse") for _, _, became, _ in lines):
         raise SystemExit(WRONG)
-
-
-# --- choosing ---------------------------------------------------------------------------------------------------------
-
-
-async def _of(store: Store, text: str, consumer: str | None) -> list[Letter]:
-    """All letters of the one id that is meant, settled ones first. Raises UnknownLetter."""
-    where = LetterWhere(consumer=consumer, prefix=text)
-    try:
-        found = [
-            *await store.letters.page(where, settled=True, limit=_SAME_MAX),
-            *await store.letters.page(where, limit=_SAME_MAX),
-        ]
-    except ValueError as error:
-        raise BadFilter(str(error)) from error
-    ids = sorted({one.letter.id for one in found})
-    if len(ids) > 1:
-        lines = "\n".join(f"  {one}" for one in ids[:10])
-        raise UnknownLetter(f"{text!r} may be any of these dead letters:\n{lines}")
-    if not ids:
-        raise UnknownLetter(f"no dead letter has an id that is or begins with {text!r}")
-    return found
-
-
-def _where(
-    consumer: str | None,
-    type: str | None,
-    error: str | None,
-    topic: str | None,
-    key: str | None,
-    since: str | None,
-    until: str | None,
-) -> LetterWhere:
-    return LetterWhere(consumer, type, error, topic, key, _time(since), _time(until))
-
-
-def _check_chosen(ids: list[str] | None, where: LetterWhere, everything: bool) -> None:
-    given = bool(ids) or where != LetterWhere()
-    if given is everything:
-        raise BadFilter("wanted ids or filters, or --everything" + ("; found both" if given else ""))
-
-
-def _edit(file: Path | None, fields: list[str], type: str | None) -> Edit | None:
-    if file is not None and fields:
-        raise BadFilter("wanted --edit or --set; found both")
-    if file is not None:
-        try:
-            return Edit(data=file.read_bytes(), type=type)
-        except OSError as error:
-            raise BadFilter(f"{file}: {error.strerror}") from error
-    found: dict[str, Any] = {}
-    for text in fields:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise BadFilter(f"--set {text!r}; wanted FIELD=VALUE")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return Edit(fields=found, type=type) if found else None
-
-
-def _time(text: str | None) -> datetime | None:
-    if text is None:
-        return None
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise BadFilter(f"{text!r} is no time; wanted ISO 8601, for example 2026-11-01T12:00:00") from error
-    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
-
-
-def _is_id(text: str) -> bool:
-    try:
-        UUID(text)
-    except ValueError:
-        return False
-    return True
-
-
-# --- showing ----------------------------------------------------------------------------------------------------------
-
-
-def _line(one: DeadLetter) -> tuple[object, ...]:
-    failure = one.failure
-    return (
-        failure.failed_at, one.consumer, one.id, one.type, f"{one.topic}[{one.partition}]@{one.offset}",
-        failure.attempts, f"{failure.error}: {failure.message}"[:200],
-    )  # fmt: skip
-
-
-def _settled(found: Letter) -> str:
-    one = found.settled
-    if one is None:
-        return ""
-    return f"{one.how} {one.at.isoformat(timespec='seconds')} by {one.by or '-'}" + (
-        f": {one.reason}" if one.reason else ""
-    )
-
-
-def _document(found: Letter) -> dict[str, Any]:
-    one, settled = found.letter, found.settled
-    failure = one.failure
-    return {
-        "id": one.id,
-        "consumer": one.consumer,
-        "type": one.type or None,
-        "topic": one.topic,
-        "partition": one.partition,
-        "offset": one.offset,
-        **_bytes("key", one.key),
-        **_bytes("value", one.value),
-        "headers": [{"name": name, **_bytes("value", value)} for name, value in one.headers],
-        "error": failure.error,
-        "message": failure.message,
-        "stack": failure.stack,
-        "attempts": failure.attempts,
-        "first_failed_at": failure.first_failed_at.isoformat(),
-        "failed_at": failure.failed_at.isoformat(),
-        "code_version": failure.code_version,
-        "settled": settled
-        and {
-            "how": settled.how.value,
-            "at": settled.at.isoformat(),
-            "by": settled.by,
-            "reason": settled.reason,
-        },
-    }
-
-
-def _bytes(name: str, found: bytes | None) -> dict[str, str | None]:
-    """As text where it is text; the other of the two fields is None."""
-    if found is None:
-        return {name: None, f"{name}_base64": None}
-    try:
-        return {name: found.decode(), f"{name}_base64": None}
-    except UnicodeDecodeError:
-        return {name: None, f"{name}_base64": base64.b64encode(found).decode()}
