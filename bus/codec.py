@@ -170,8 +170,7 @@ class JsonCodec:
         # Python, take as long as the parsing.
         validate = self._validators.get(envelope.type)
         if validate is None:
-            known = self.registry.find(envelope.type)
-            validate = self._validators[envelope.type] = known.__pydantic_validator__.validate_json
+            validate = self._validator(envelope.type)
         try:
             message: Message = validate(envelope.data)
         except ValueError:
@@ -182,6 +181,25 @@ class JsonCodec:
                 f"but field {message.key_field!r} says {message.key[:80]!r}; wanted the same"
             )
         return message
+
+    def decode_bodies(self, types: Sequence[str], data: Sequence[bytes]) -> list[Message]:
+        """Stored events of which no more is at hand: what `decode` gives for each. See `decoder_of_bodies`."""
+        validators = {name: self._validator(name) for name in set(types)}
+        try:
+            if len(validators) == 1:
+                (validate,) = validators.values()
+                return list(map(validate, data))
+            return [validators[name](one) for name, one in zip(types, data, strict=True)]
+        except ValueError:  # once more, to say which one it is
+            find = self.registry.find
+            return [cast("Message", _validate(find(name), one, name)) for name, one in zip(types, data, strict=True)]
+
+    def _validator(self, name: str) -> Callable[[bytes], Any]:
+        validate = self._validators.get(name)
+        if validate is None:
+            known = self.registry.find(name)
+            validate = self._validators[name] = known.__pydantic_validator__.validate_json
+        return validate
 
     def upcast(self, envelope: Envelope, names: Collection[str]) -> Sequence[Envelope]:
         return self.registry.upcasting.read(envelope, names)
@@ -212,6 +230,14 @@ class JsonCodec:
         if wanted is None or reply.data == b"null":
             return None
         return _validate(wanted, reply.data, reply.type)
+
+
+def decoder_of_bodies(codec: Codec) -> Callable[[Sequence[str], Sequence[bytes]], Sequence[Message]] | None:
+    """How this codec decodes stored events of which only type and data were read. None: it is given envelopes, since
+    nobody knows what a codec of one's own looks at."""
+    if isinstance(codec, JsonCodec) and type(codec).decode is JsonCodec.decode:
+        return codec.decode_bodies
+    return None
 
 
 def reply_envelope(command: Envelope, outcome: ReplyOutcome, data: bytes, origin: Origin) -> Envelope:

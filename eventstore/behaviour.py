@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from bus.envelope import Envelope, StreamId
-from eventstore.port import CancelTimer, Timer
+from eventstore.port import Bodies, CancelTimer, Timer
 
 S = TypeVar("S")
 
@@ -49,4 +49,13 @@ class Behaviour(Protocol[S]):
     def decide(self, state: S, envelope: Envelope) -> Decision[S]:
         """Raises BadInput (dead letter at once) or whatever the user's code raises (retried, then dead letter).
         A `Refused` is not raised but answered. Pure but for ids and the clock it was given."""
+        ...
+
+
+@runtime_checkable
+class FoldsBodies(Protocol[S]):
+    """A behaviour that folds most events from less than an envelope."""
+
+    def fold_bodies(self, state: S, bodies: Bodies) -> S | None:
+        """As `fold`. None: it takes the envelopes of these; `state` is as it was."""
         ...

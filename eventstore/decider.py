@@ -10,17 +10,19 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
 
-from bus.codec import Codec, decode_command, reply_envelope
+from bus.codec import Codec, decode_command, decoder_of_bodies, reply_envelope
 from bus.envelope import Envelope, Origin, ReplyOutcome, StreamId
 from bus.errors import UnknownType
 from bus.messages import Command, Event, Message, Refused
 from bus.seams import Clock, Ids
 from eventstore.behaviour import Decision
 from eventstore.errors import EventStoreError
+from eventstore.port import Bodies
 from eventstore.snapshots import Snapshots, StateCodec, UnfitState, is_value
 
 S = TypeVar("S")
@@ -118,6 +120,7 @@ class DeciderBehaviour:
         self, deciders: Sequence[Decider[Any, Any, Any]], *, service: str, codec: Codec, ids: Ids, clock: Clock
     ) -> None:
         self._service, self._codec, self._ids, self._clock = service, codec, ids, clock
+        self._decode_bodies = decoder_of_bodies(codec)
         self._by_command: dict[str, Decider[Any, Any, Any]] = {}
         self._by_category: dict[str, Decider[Any, Any, Any]] = {}
         self._events: dict[str, frozenset[str]] = {}
@@ -161,6 +164,14 @@ class DeciderBehaviour:
                 for event in self._older(record, state.decider, today):
                     folded = evolve(folded, event)
         return Aggregate(state.decider, folded)
+
+    def fold_bodies(self, state: Aggregate, bodies: Bodies) -> Aggregate | None:
+        """As `fold`, from type and data alone. None: an event is of an older type, or the codec looks at more."""
+        decider = state.decider
+        if self._decode_bodies is None or not self._events[decider.category].issuperset(bodies.types):
+            return None
+        events = self._decode_bodies(bodies.types, bodies.data)
+        return Aggregate(decider, reduce(decider.evolve, events, state.state))
 
     def events(self, category: str, record: Envelope) -> Sequence[Message]:
         """What one stored event is to the decider of this category: one event, or those that it is upcast to."""

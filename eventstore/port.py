@@ -224,6 +224,15 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class Bodies:
+    """Type and data of consecutive events of one stream, in their order: what folding most of them takes."""
+
+    stream: StreamId
+    types: Sequence[str]
+    data: Sequence[bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class Where:
     """Which events of the log; all that is given must hold. A type like `orders.order-placed.v*` stands for all its
     versions. `since` (inclusive) and `until` (exclusive) compare the envelope's time, which its writer's clock set: it
@@ -341,6 +350,12 @@ class Store(Protocol):
 
     async def load(self, wanted: Sequence[Wanted]) -> Sequence[Slice]:
         """One round trip for all; answers in the order of `wanted`, each a consistent prefix of its stream."""
+        ...
+
+    async def read_bodies(self, stream: StreamId, *, after: Version, upto: Version) -> Bodies:
+        """Of the events with `after` < version <= `upto`, all that are stored: fewer where the stream is shorter, or
+        was truncated or archived. A fraction of what `load` costs; meant for the rest of a stream that is longer than
+        its first page."""
         ...
 
     async def examine(self, consumer: str, ids: Sequence[tuple[UUID, str]]) -> Sequence[Standing]:

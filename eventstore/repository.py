@@ -13,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import count
 from typing import Any, Generic, TypeVar, cast
 from uuid import UUID, uuid5
 
@@ -25,6 +27,8 @@ from bus.messages import Command, Event, Refused
 from bus.metrics import MemoryMetrics, Metrics
 from bus.registry import Registry
 from bus.seams import Clock, Ids, SystemClock, Uuid7Ids
+from eventstore.ahead import Ahead
+from eventstore.archiving import misfit
 from eventstore.decider import Aggregate, BadDecision, Decider, DeciderBehaviour
 from eventstore.errors import NoSuchVersion, TooManyConflicts, WrongExpectedVersion
 from eventstore.loading import PAGE, Folded, load_folded, truncated
@@ -149,22 +153,31 @@ class Repository(Generic[S, C, E]):
         if at.tzinfo is None:
             raise ValueError(f"at is {at}, without a time zone; wanted an instant")
         state, version = self.decider.fresh(), 0
-        async for records in self._pages(stream, after=0):
-            until = next((nth for nth, one in enumerate(records) if one.time > at), len(records))
-            if until:
-                state, version = self._folded(state, records[:until]), records[until - 1].version or 0
-            if until < len(records):
-                break
+        async with aclosing(self._pages(stream, after=0)) as pages:
+            async for records in pages:
+                until = next((nth for nth, one in enumerate(records) if one.time > at), len(records))
+                if until:
+                    state, version = self._folded(state, records[:until]), records[until - 1].version or 0
+                if until < len(records):
+                    break
         return Loaded(stream, version, state)
 
     async def _fold(self, wanted: Wanted, *, begin: Callable[[Slice], S] | None = None) -> Loaded[S]:
-        found = (await load_folded(self._store, [wanted], begin=begin or self._begin, fold=self._folded))[wanted.stream]
+        begin, behaviour = begin or self._begin, self._behaviour
+        folded = await load_folded(
+            self._store,
+            [wanted],
+            begin=lambda part: Aggregate(self.decider, begin(part)),
+            fold=behaviour.fold,
+            fold_bodies=behaviour.fold_bodies,
+        )
+        found = folded[wanted.stream]
         if isinstance(found, UnreadableSnapshot):
             self._metrics.count("foldbus_states_anew_total", why="UnreadableSnapshot")
             return await self._fold(Wanted(wanted.stream, limit=wanted.limit))
         if not isinstance(found, Folded):
             raise found
-        return Loaded(found.stream, found.version, found.state)
+        return Loaded(found.stream, found.version, cast("S", found.state.state))
 
     def _begin(self, part: Slice) -> S:
         if part.snapshot is not None:
@@ -175,15 +188,22 @@ class Repository(Generic[S, C, E]):
         return cast("S", self._behaviour.fold(Aggregate(self.decider, state), records).state)
 
     async def _pages(self, stream: StreamId, *, after: Version) -> AsyncGenerator[Sequence[Envelope]]:
-        """To the end as it is when it is reached."""
-        while True:
-            (part,) = await self._store.load([Wanted(stream, after=after, limit=PAGE)])
-            if part.version <= after:
-                return
-            if not part.records or part.records[0].version != after + 1:
-                raise truncated(part, after)
-            yield part.records
-            after += len(part.records)
+        """To the end as it is when it is reached. From the second page on the next one is read ahead."""
+        ahead: Ahead[Sequence[Slice]] = Ahead()
+        try:
+            for nth in count():
+                wanted = Wanted(stream, after=after, limit=PAGE)
+                (part,) = await (ahead.take() if ahead else self._store.load([wanted]))
+                if part.version <= after:
+                    return
+                if not part.records or part.records[0].version != after + 1:
+                    raise truncated(part, after)
+                after += len(part.records)
+                if nth and after < part.version:
+                    await ahead.start(self._store.load([replace(wanted, after=after)]))
+                yield part.records
+        finally:
+            await ahead.close()
 
     async def fold_whole(self, stream: StreamId, *, upto: Version) -> S:
         """The state at a version that the stream has reached, from its first event, whatever snapshots there are."""
@@ -226,19 +246,20 @@ class Repository(Generic[S, C, E]):
         except NoSuchVersion:
             return
         state, left = base.state, limit
-        async for records in self._pages(stream, after=after):
-            for record in records:
-                if left is not None and left <= 0:
-                    return
-                left = None if left is None else left - 1
-                events = tuple(cast("Sequence[E]", self._behaviour.events(self.decider.category, record)))
-                state = unshared(state)  # what was given before stays as it was
-                for event in events:
-                    state = evolve(state, event)
-                yield Step(
-                    record.version or 0, record.time, record.type, events, state,
-                    record.id, record.correlation_id, record.causation_id, record.actor,
-                )  # fmt: skip
+        async with aclosing(self._pages(stream, after=after)) as pages:
+            async for records in pages:
+                for record in records:
+                    if left is not None and left <= 0:
+                        return
+                    left = None if left is None else left - 1
+                    events = tuple(cast("Sequence[E]", self._behaviour.events(self.decider.category, record)))
+                    state = unshared(state)  # what was given before stays as it was
+                    for event in events:
+                        state = evolve(state, event)
+                    yield Step(
+                        record.version or 0, record.time, record.type, events, state,
+                        record.id, record.correlation_id, record.causation_id, record.actor,
+                    )  # fmt: skip
 
     # --- appending --------------------------------------------------------------------------------------------------
 
@@ -288,8 +309,9 @@ class Repository(Generic[S, C, E]):
         exist, ANY to opt out.
 
         With an `id` a second call with the same id, events and expected version changes nothing and gives the first
-        result (not with ANY). Raises WrongExpectedVersion when the stream is at another version, BadDecision for an
-        event of another key or one that the decider does not evolve on; nothing was appended then.
+        result (not with ANY). Raises WrongExpectedVersion when the stream is at another version, StreamArchived when
+        it is closed, BadDecision for an event of another key or one that the decider does not evolve on; nothing was
+        appended then.
         """
         stream = self.decider.stream(key)
         now, cause = self._clock.now(), id or self._ids.new()
@@ -305,7 +327,7 @@ class Repository(Generic[S, C, E]):
             envelopes.append(self._codec.encode(event, Origin(self._source, event_id, now, cause), topic=topic))
         (outcome,) = await self._store.commit([Unit(appends=(Append(stream, expected, tuple(envelopes)),))])
         if outcome.verdict is not Verdict.COMMITTED:
-            raise WrongExpectedVersion(stream, expected=outcome.expected, actual=outcome.actual or 0)
+            raise misfit(outcome) or WrongExpectedVersion(stream, expected=expected, actual=0)
         return Appended(outcome.versions[stream], outcome.position)
 
     def _answer(self, command: Command[R], id: UUID, reply: Envelope | None) -> R:

@@ -9,7 +9,7 @@ rest, absent fields left out, so that a plain event costs some 130 bytes. A whol
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from typing import Any, SupportsIndex, cast
@@ -118,6 +118,33 @@ def lean_envelope(
     made.unparsed = (id, time, meta)
     made.__class__ = Stored
     return cast("Envelope", made)
+
+
+def lean_envelopes(found: Iterable[Sequence[Any]]) -> list[Envelope]:
+    """The same of many rows: position, type, key, topic, data, category, stream's id, version, id, time, meta.
+
+    Written out: what a call per row costs is half of the whole.
+    """
+    made: list[Any] = []
+    streams: dict[tuple[str, str], StreamId] = {}
+    new, draft, stored = _Draft.__new__, _Draft, Stored
+    for position, type, key, topic, data, category, name, version, id, time, meta in found:
+        place = (category, name)
+        stream = streams.get(place)
+        if stream is None:
+            stream = streams[place] = StreamId(category, name)
+        one = new(draft)
+        one.type = type
+        one.key = key
+        one.topic = topic
+        one.data = data
+        one.stream = stream
+        one.version = version
+        one.position = position
+        one.unparsed = (id, time, meta)
+        one.__class__ = stored
+        made.append(one)
+    return made
 
 
 class Stored(Envelope):

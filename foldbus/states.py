@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from bus.envelope import Envelope, StreamId, Version
 from bus.metrics import Metrics
 from bus.seams import Clock
-from eventstore.behaviour import Behaviour
+from eventstore.behaviour import Behaviour, FoldsBodies
 from eventstore.errors import EventStoreError
 from eventstore.loading import Folded, load_folded
-from eventstore.port import Slice, Store, Wanted
+from eventstore.port import Bodies, Slice, Store, Wanted
 from eventstore.snapshots import UnreadableSnapshot
 from foldbus.snapshotting import Snapshotter
 
@@ -157,7 +157,19 @@ class States:
                 spent[stream] = spent.get(stream, 0.0) + clock.monotonic() - began
             return folded
 
-        found = await load_folded(self._store, asked, begin=begin, fold=fold)
+        def fold_bodies(state: Any, bodies: Bodies) -> Any:
+            began = clock.monotonic()
+            assert lean is not None
+            folded = lean(state, bodies)
+            spent[bodies.stream] = spent.get(bodies.stream, 0.0) + clock.monotonic() - began
+            return folded
+
+        lean: Callable[[Any, Bodies], Any] | None = None
+        if isinstance(behaviour, FoldsBodies):
+            lean = cast("FoldsBodies[Any]", behaviour).fold_bodies
+        found = await load_folded(
+            self._store, asked, begin=begin, fold=fold, fold_bodies=None if lean is None else fold_bodies
+        )
         if snapshots is not None:
             for stream, one in found.items():
                 if isinstance(one, Folded) and stream not in cached:

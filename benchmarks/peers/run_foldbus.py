@@ -3,16 +3,15 @@
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 from uuid import UUID
 
-from benchmarks.peers.serving import PAGE, POOL, TEXT, serve
+from benchmarks.peers.serving import POOL, TEXT, serve
 from bus.envelope import Envelope, Origin
 from bus.seams import SystemClock, Uuid7Ids
-from eventstore.decider import Aggregate, DeciderBehaviour
-from eventstore.loading import load_folded
-from eventstore.port import Append, Unit, Verdict, Wanted
+from eventstore.following import read_log
+from eventstore.port import Append, Unit, Verdict
 from eventstore.postgres import PostgresStore
+from eventstore.repository import Repository
 from foldbus import Command, Decider, Event, Key, Service
 
 
@@ -50,9 +49,7 @@ class Foldbus:
         self._store = store
         self._clock, self._ids = SystemClock(), Uuid7Ids()
         self._codec = Service("bench", deciders=[notes]).codec
-        self._behaviour = DeciderBehaviour(
-            [notes], service="bench", codec=self._codec, ids=self._ids, clock=self._clock
-        )
+        self._repository = Repository(notes, store=store, codec=self._codec)
 
     def _event(self, key: str) -> Envelope:
         id = self._ids.new()
@@ -68,30 +65,16 @@ class Foldbus:
         assert outcome.verdict is Verdict.COMMITTED
 
     async def load(self, key: UUID) -> int:
-        stream = notes.stream(key)
-
-        def begin(_: Any) -> Aggregate:
-            return self._behaviour.initial(stream)
-
-        found = await load_folded(self._store, [Wanted(stream)], begin=begin, fold=self._behaviour.fold)
-        folded = found[stream]
-        if isinstance(folded, Exception):
-            raise folded
-        state: Notes = folded.state.state
+        state = (await self._repository.load(key)).state
         return state.count + state.total
 
     async def read_all(self) -> int:
-        after = found = 0
-        decode = self._codec.decode
-        while True:
-            page = await self._store.read_all(after=after, limit=PAGE)
-            for record in page.records:
-                event = decode(record)
-                assert type(event) is Noted
-                found += 1 + event.n
-            after = page.upto
-            if after >= page.head:
-                return found
+        found, decode = 0, self._codec.decode
+        async for record in read_log(self._store, upto=await self._store.head()):
+            event = decode(record)
+            assert type(event) is Noted
+            found += 1 + event.n
+        return found
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from uuid import UUID
 from bus.envelope import Envelope, Position, StreamId, Version
 from eventstore import rows, selecting
 from eventstore.errors import CheckpointAhead
-from eventstore.port import Page, Slice, StreamInfo, Where
+from eventstore.port import Bodies, Page, Slice, StreamInfo, Where
 from eventstore.postgres import feed
 
 Query = Callable[..., Awaitable[Sequence[Any]]]
@@ -36,6 +36,7 @@ class PostgresReading:
         self._chosen = f"select {_LEAN} from {schema}.read_chosen($1, $2, $3, $4, $5, $6, $7, $8)"
         self._of_stream = f"select {_LEAN} from {schema}.read_stream_after($1, $2, $3, $4, $5)"
         self._stream = f"select * from {schema}.read_stream($1, $2, $3, $4, $5, $6)"
+        self._bodies = f"select type, data from {schema}.read_bodies($1, $2, $3, $4)"
         self._streams = f"select * from {schema}.list_streams($1, $2, $3, $4)"
 
     async def read_all(self, *, after: Position, limit: int, outgoing: bool, where: Where | None) -> Page:
@@ -54,7 +55,7 @@ class PostgresReading:
             found = await self._query(self._log, after, head, limit)
             records = [_logged(*row) for row in found]
         else:
-            records = [_event(*row) for row in await self._query(self._events, after, head, limit)]
+            records = rows.lean_envelopes(await self._query(self._events, after, head, limit))
         upto = records[-1].position or head if len(records) >= limit else head
         return Page(records, upto, head)
 
@@ -62,7 +63,7 @@ class PostgresReading:
         span = selecting.span(where, after=after, head=head)
         if (stream := where.stream) is not None:
             found = await self._query(self._of_stream, stream.category, stream.id, after, span.upto, limit)
-            return span.page_of_stream([_event(*row) for row in found], limit, where)
+            return span.page_of_stream(rows.lean_envelopes(found), limit, where)
         found = await self._query(
             self._chosen,
             after,
@@ -74,7 +75,7 @@ class PostgresReading:
             where.since,
             where.until,
         )
-        return span.page([_event(*row) for row in found], limit)
+        return span.page(rows.lean_envelopes(found), limit)
 
     async def read_stream(
         self, stream: StreamId, *, after: Version, upto: Version | None, backward: bool, limit: int | None
@@ -97,6 +98,10 @@ class PostgresReading:
         ]
         return Slice(stream, version, records)
 
+    async def read_bodies(self, stream: StreamId, *, after: Version, upto: Version) -> Bodies:
+        found = await self._query(self._bodies, stream.category, stream.id, after, upto)
+        return Bodies(stream, [row[0] for row in found], [row[1] for row in found])
+
     async def streams(self, *, category: str | None, after: StreamId | None, limit: int) -> Sequence[StreamInfo]:
         beyond = (None, None) if after is None else (after.category, after.id)
         found = await self._query(self._streams, category, *beyond, limit)
@@ -111,23 +116,6 @@ def with_token(reply: Envelope, last_event: Position, last_public: Position) -> 
     if reply.token is None:
         return reply
     return replace(reply, token=replace(reply.token, position=last_event, public=last_public))
-
-
-def _event(
-    position: int,
-    type: str,
-    key: str,
-    topic: str | None,
-    data: bytes,
-    category: str,
-    stream: str,
-    version: int,
-    id: bytes,
-    time: bytes,
-    meta: str,
-) -> Envelope:
-    where = StreamId(category, stream)
-    return rows.lean_envelope(id, type, key, topic, data, time, meta, where, version, position)
 
 
 def _logged(

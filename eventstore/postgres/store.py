@@ -29,6 +29,7 @@ from eventstore.checks import check_units
 from eventstore.errors import BadUnit, EventStoreError, StoreUnavailable
 from eventstore.loading import whole
 from eventstore.port import (
+    Bodies,
     Claim,
     DeadLetter,
     Outcome,
@@ -382,6 +383,9 @@ class PostgresStore:
             whole(one, Slice(one.stream, version, events, snapshot))
             for one, version, events, snapshot in zip(wanted, versions, records, snapshots, strict=True)
         ]
+
+    async def read_bodies(self, stream: StreamId, *, after: Version, upto: Version) -> Bodies:
+        return await self._reading.read_bodies(stream, after=after, upto=upto)
 
     async def examine(self, consumer: str, ids: Sequence[tuple[UUID, str]]) -> Sequence[Standing]:
         async def ask() -> Sequence[Standing]:

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from bus.envelope import Envelope, Position, StreamId, Version
 from eventstore import rows, selecting
-from eventstore.port import Page, Slice, StreamInfo, Where
+from eventstore.port import Bodies, Page, Slice, StreamInfo, Where
 from eventstore.sqlite.reading import head
 
 _END = 2**63 - 1
@@ -33,6 +33,15 @@ def page(connection: sqlite3.Connection, where: Where, *, after: Position, limit
         (*values, limit),
     )
     return span.page([_envelope(StreamId(category, id), *row) for category, id, *row in found], limit)
+
+
+def bodies(connection: sqlite3.Connection, stream: StreamId, after: Version, upto: Version) -> Bodies:
+    found = connection.execute(
+        "SELECT e.type, e.data FROM foldbus_streams s CROSS JOIN foldbus_events e ON e.stream = s.number "
+        "WHERE s.category = ? AND s.id = ? AND e.version > ? AND e.version <= ? ORDER BY e.version",
+        (stream.category, stream.id, after, upto),
+    ).fetchall()
+    return Bodies(stream, [row[0] for row in found], [row[1] for row in found])
 
 
 def _conditions(where: Where) -> list[tuple[str, Any]]:

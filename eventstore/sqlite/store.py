@@ -34,6 +34,7 @@ from eventstore.checks import check_units
 from eventstore.errors import CheckpointAhead, EventStoreError
 from eventstore.port import (
     Archive,
+    Bodies,
     Claim,
     DeadLetter,
     Leases,
@@ -176,6 +177,9 @@ class SqliteStore:
             self._metrics.count("foldbus_units_total", n, store="sqlite", verdict=str(verdict))
             if verdict is not Verdict.COMMITTED:
                 log.debug("%d of %d units: %s", n, len(outcomes), verdict)
+
+    async def read_bodies(self, stream: StreamId, *, after: Version, upto: Version) -> Bodies:
+        return await self.database.read(lambda connection: choosing.bodies(connection, stream, after, upto))
 
     async def examine(self, consumer: str, ids: Sequence[tuple[UUID, str]]) -> Sequence[Standing]:
         wanted = [id for id, _ in ids]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +49,45 @@ class Counting:
         await self._store.wait_past(position, timeout_s=timeout_s)
 
 
+class Failing(Counting):
+    """One of its pages fails, once."""
+
+    def __init__(self, store: Any, *, at: int) -> None:
+        super().__init__(store)
+        self._at, self.failed = at, 0
+
+    async def read_all(self, *, after: int, limit: int, where: Where | None = None) -> Page:
+        page = await super().read_all(after=after, limit=limit, where=where)
+        if len(self.pages) == self._at:
+            self.failed += 1
+            raise ConnectionResetError
+        return page
+
+
+class Stuck(Counting):
+    """One of its pages never comes."""
+
+    def __init__(self, store: Any, *, at: int) -> None:
+        super().__init__(store)
+        self._at, self.reading, self.ended = at, asyncio.Event(), False
+
+    async def read_all(self, *, after: int, limit: int, where: Where | None = None) -> Page:
+        if len(self.pages) + 1 == self._at:
+            self.pages.append((after, limit))
+            self.reading.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.ended = True
+        return await super().read_all(after=after, limit=limit, where=where)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
 async def test_a_follower_gets_what_is_there_and_then_what_comes(store: Store, twin: Store) -> None:
     await one(store, Unit(appends=(append("a", 0, 5),), outgoing=(message(),)))
     following = follow(store, page=2)
@@ -63,20 +102,86 @@ async def test_a_follower_gets_what_is_there_and_then_what_comes(store: Store, t
 
 
 async def test_a_page_is_read_when_the_consumer_asks_and_not_before(store: Store) -> None:
-    """Back-pressure: a slow consumer has at most one page waiting for it, however much is appended."""
+    """Back-pressure: a slow consumer has the rest of its page waiting for it, however much is appended."""
     await one(store, Unit(appends=(append("a", 0, 10),)))
     counting = Counting(store)
     following = follow(counting, page=4)
     assert counting.pages == []
     first = await take(following, 1)
     await one(store, Unit(appends=(append("a", 10, 10),)))
-    await asyncio.sleep(0)
     await take(following, 3)
     assert len(counting.pages) == 1
     fifth = await take(following, 1)
-    assert counting.pages == [(0, 4), (fifth[0].position - 1 if fifth[0].position else 0, 4)]
+    assert counting.pages[1] == (fifth[0].position - 1 if fifth[0].position else 0, 4)
     assert versions(first + fifth) == [1, 5]
     assert counting.waited == 0
+
+
+async def test_who_has_asked_for_a_second_page_has_one_more_read_ahead_and_no_more_than_that(store: Store) -> None:
+    await one(store, Unit(appends=(append("a", 0, 30),)))
+    counting = Counting(store)
+    following = follow(counting, page=4)
+    for page in range(2, 8):
+        await take(following, 4)
+        assert len(counting.pages) <= max(1, page)
+        await until(lambda wanted=page: len(counting.pages) == (1 if wanted == 2 else wanted))
+    assert versions(await take(following, 6)) == list(range(25, 31))
+    assert counting.pages[-1] == (following.position - 2, 4)  # the end was in it: nothing is read beyond
+    assert counting.waited == 0
+
+
+async def test_an_error_of_the_page_read_ahead_is_raised_after_the_events_before_it(store: Store) -> None:
+    await one(store, Unit(appends=(append("a", 0, 12),)))
+    failing = Failing(store, at=3)
+    following = follow(failing, page=4)
+    assert versions(await take(following, 4)) == [1, 2, 3, 4]
+    fifth = await take(following, 1)
+    await until(lambda: failing.failed == 1)
+    assert versions(fifth + await take(following, 3)) == [5, 6, 7, 8]
+    checkpoint = following.position
+    with pytest.raises(ConnectionResetError):
+        await take(following, 1)
+    assert following.position == checkpoint
+    assert versions(await take(following, 4)) == [9, 10, 11, 12]
+    assert failing.failed == 1
+
+
+@pytest.mark.parametrize("how", ["dropped", "closed", "cancelled"])
+async def test_a_follower_that_is_left_leaves_no_task_and_no_connection_behind(store: Any, how: str) -> None:
+    """In the middle of a page, while the next one is being read."""
+    await one(store, Unit(appends=(append("a", 0, 12),)))
+    before = asyncio.all_tasks()
+    stuck = Stuck(store, at=3)
+    following = follow(stuck, page=4)
+    await take(following, 5)
+    await asyncio.wait_for(stuck.reading.wait(), 10)
+    assert len(asyncio.all_tasks() - before) == 1
+    if how == "cancelled":
+        await take(following, 3)
+        waiting = asyncio.create_task(anext(following))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+    elif how == "closed":
+        await following.aclose()
+        assert stuck.ended
+        assert versions(await take(following, 3)) == [6, 7, 8]
+    if how != "closed":
+        del following
+    await until(lambda: stuck.ended and asyncio.all_tasks() == before)
+
+
+async def test_leaving_in_the_middle_of_the_databases_answer_costs_no_later_call(store: Any) -> None:
+    await one(store, Unit(appends=(append("a", 0, 300),)))
+    before = asyncio.all_tasks()
+    for _ in range(30):  # more often than there are connections
+        async for record in follow(store, page=5):
+            if record.version == 7:
+                break
+    async with asyncio.timeout(20):
+        assert len((await store.read_all(after=0, limit=500)).records) == 300
+    await until(lambda: asyncio.all_tasks() == before)
 
 
 async def test_the_position_is_a_checkpoint_for_what_was_given(store: Store) -> None:

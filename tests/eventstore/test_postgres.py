@@ -576,6 +576,7 @@ async def test_statements_cached_on_an_empty_table_use_the_index_when_it_has_gro
     for n in range(8):
         await commit(store, Unit(claim=claim(), appends=(append(f"s-{n}", 0),)))
         await store.load([wanted("s-1")])
+        await store.read_bodies(wanted("s-1").stream, after=0, upto=5)
         await store.examine(CONSUMER, [(IDS.new(), "k")])
     async with store.connection() as db:
         await db.execute("analyze")
@@ -591,6 +592,7 @@ async def test_statements_cached_on_an_empty_table_use_the_index_when_it_has_gro
         assert await commit(store, *units) == ["ok"] * 3
         assert await commit(store, units[0]) == ["duplicate"]
         await store.load([wanted("s-1")])
+        await store.read_bodies(wanted("s-1").stream, after=0, upto=5)
         await store.read_all(after=5, limit=5)
     await store.engine.dispose()  # a backend reports its statistics when it ends
     async with store.connection() as db:
