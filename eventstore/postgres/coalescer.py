@@ -214,30 +214,48 @@ class Coalescer:
         except LocksHeld as error:
             self._metrics.count("foldbus_store_batches_held_total", store="postgres")
             log.info("%d calls found a lock held and are tried apart: %s", len(batch), error)
-            for asked in batch:
-                self._running += 1
-                self._begin(self._answer_apart(asked))
+            self._apart(batch)
         except (StoreUnavailable, SchemaMismatch) as error:
             for asked in batch:
                 _fail(asked, _own(error))
         except Exception as error:  # one of them is at fault, and only that one shall hear of it
             self._metrics.count("foldbus_store_batches_split_total", store="postgres")
             log.warning("%d calls failed together and are tried one by one: %r", len(batch), error)
-            for asked in batch:
-                await self._answer_alone(asked)
+            await self._answer_in_order(batch)
         else:
             for asked, outcomes in zip(batch, answers, strict=True):
                 _succeed(asked, outcomes)
+
+    async def _answer_in_order(self, batch: Sequence[Asked]) -> None:
+        for nth, asked in enumerate(batch):
+            if asked.done.done():
+                continue
+            try:
+                (outcomes,) = await self._together([asked])
+            except LocksHeld:  # nobody waits behind it, see above
+                self._apart(batch[nth:])
+                return
+            except (StoreUnavailable, SchemaMismatch) as error:
+                _fail(asked, error)
+            except Exception:
+                self._apart([asked])  # alone it is told which of its units it is
+            else:
+                _succeed(asked, outcomes)
+
+    def _apart(self, batch: Sequence[Asked]) -> None:
+        for asked in batch:
+            self._running += 1
+            self._begin(self._answer_apart(asked))
 
     async def _answer_apart(self, asked: Asked) -> None:
         try:
             async with self._tries:
                 try:
                     (outcomes,) = await self._together([asked])
-                except LocksHeld:
-                    pass
-                except Exception as error:
+                except (StoreUnavailable, SchemaMismatch) as error:
                     return _fail(asked, error)
+                except Exception as error:  # it waits alone, or is told alone which of its units cannot be stored
+                    log.debug("a call of %d units goes alone: %r", len(asked.units), error)
                 else:
                     return _succeed(asked, outcomes)
             async with self._waits:

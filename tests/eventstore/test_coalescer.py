@@ -32,6 +32,7 @@ from tests.eventstore.stores import (
     event,
     message,
     one,
+    postgres_backend,
     reply,
     stream,
     verdicts,
@@ -276,6 +277,32 @@ async def test_a_value_that_cannot_be_stored_hurts_only_its_own_caller(subject: 
     with pytest.raises(BadUnit):
         await bad
     assert await version(subject.store, "a") == 2
+
+
+async def test_a_bad_value_in_a_flush_makes_nobody_wait_for_a_lock_that_only_another_caller_wants(
+    request: pytest.FixtureRequest,
+) -> None:
+    """On PostgreSQL, where locks are waited for. Whoever holds it may be waiting for one of the others."""
+    backend = postgres_backend(request)
+    await backend.migrate()
+    metrics = MemoryMetrics()
+    async with backend.open(metrics=metrics) as store, backend.open() as twin:
+        async with twin.transaction() as tx:
+            await twin.commit([Unit(appends=(append(name, 0),)) for name in ("held", "flusher-1", "flusher-2")], tx=tx)
+            waiting = [
+                asyncio.create_task(commit(store, Unit(appends=(append(name, ANY),))))
+                for name in ("flusher-1", "flusher-2", "held")
+            ]
+            no_bytes = event("bad", data=["no bytes"])  # type: ignore[arg-type]
+            bad = asyncio.create_task(store.commit([Unit(appends=(append("bad", 0, no_bytes),))]))
+            free = asyncio.create_task(commit(store, Unit(appends=(append("free", 0),))))
+            async with asyncio.timeout(10):
+                assert await free == ["ok"]
+                with pytest.raises(BadUnit):
+                    await bad
+            assert metrics.total("foldbus_store_batches_split_total") == 1
+            assert not any(task.done() for task in waiting)
+        assert await asyncio.gather(*waiting) == [["ok"]] * 3
 
 
 async def test_a_caller_cancelled_while_it_queues_has_written_nothing_and_the_others_do_not_notice(
