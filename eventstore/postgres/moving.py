@@ -203,7 +203,8 @@ class PostgresTarget:
         name = self._schema
         async with self._db.transaction():
             if await self._db.fetchval("select to_regclass($1)", f"{name}.import") is not None:
-                (there,) = await self._db.fetch(f"select lines, digest from {name}.import")
+                # Whoever was killed may have sent a commit that the database is still at: this waits for it.
+                (there,) = await self._db.fetch(f"select lines, digest from {name}.import for update")
                 return Filled(there["lines"], there["digest"])
             found = {of: count for of, count in (await self.counts()).items() if count}
             if found:

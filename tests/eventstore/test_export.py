@@ -20,6 +20,8 @@ from eventstore.errors import SchemaMismatch
 from eventstore.export import (
     SECTIONS,
     BadExport,
+    Filled,
+    Header,
     NotEmpty,
     StoreInUse,
     check_file,
@@ -221,6 +223,23 @@ async def test_an_import_cancelled_in_the_middle_of_writing_goes_on(
     with suppress(NotEmpty):  # the last one may have come to its end
         await place.fill(exported)
     assert await place.export() == exported
+
+
+async def test_an_import_waits_for_the_last_commit_of_one_that_was_killed(tmp_path: Path, database: str) -> None:
+    """Its server process may still be at it when the next import asks how far the first one came."""
+    exported = await (await filled(sqlite_place(tmp_path / "first.db"))).export()
+    header, done = Header.parse(exported.splitlines()[0]), decode(exported.splitlines()[1], 2)
+    place = postgres_place(database)
+    async with place.target() as killed, place.target() as again:
+        assert await killed.begin(header, Filled(1, "first")) == Filled(1, "first")
+        transaction = killed._db.transaction()  # around that of the rows: what is left of it is its commit
+        await transaction.start()
+        await killed.write(done[0], [done[1]], Filled(2, "second"))
+        asked = asyncio.create_task(again.begin(header, Filled(1, "first")))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(asked), 0.3)
+        await transaction.commit()
+        assert await asked == Filled(2, "second")
 
 
 async def test_a_broken_off_import_takes_no_other_file(place: Place, tmp_path: Path, monkeypatch: Any) -> None:

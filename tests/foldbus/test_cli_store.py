@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,17 +10,24 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
+from threading import Thread
+from typing import IO, Any
 
+import asyncpg
 import pytest
 
 from bus.envelope import StreamId
 from eventstore.port import Snapshot, Unit, Wanted
 from eventstore.repository import snapshot_schema
+from eventstore.sqlite.migrations import IMPORT
 from foldbus import Connection
 from foldbus.archive import seen_by_all
 from tests.eventstore.stores import append
 from tests.foldbus.desk import Desk, cli, dead_letters, settled, until
+from tests.servers.postgres import new_database
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,6 +44,16 @@ def desk(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> str:
     return f"sqlite:{tmp_path}/elsewhere"
+
+
+@pytest.fixture
+def empty(desk: Desk, request: pytest.FixtureRequest, elsewhere: str) -> Iterator[str]:
+    """A second place of the desk's kind."""
+    if desk.store.startswith("sqlite:"):
+        yield elsewhere
+    else:
+        with new_database(request.getfixturevalue("postgres")) as dsn:
+            yield dsn
 
 
 class TestExportAndImport:
@@ -112,6 +130,26 @@ class TestExportAndImport:
         assert cli("store", "export", "desk", "part.jsonl", "--store", desk.store).code == 0
         assert (tmp_path / "part.jsonl").read_bytes() == whole
 
+    def test_an_import_goes_on_after_kills(self, desk: Desk, empty: str, tmp_path: Path) -> None:
+        """In the middle of a batch, as soon as it has come some further; it could not end, the end was not sent."""
+
+        async def fill(connection: Connection) -> None:
+            for nth in range(40):
+                await connection.store.commit([Unit(appends=(append(f"s-{nth}", 0, 500),))])
+
+        desk.do(fill, worker=False)
+        assert cli("store", "export", "desk", "whole.jsonl", "--store", desk.store).code == 0
+        lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+        came: list[int] = []
+        for part in (8000, 14000, len(lines) - 1):
+            came.append(killed_import(empty, lines[:part], beyond=came[-1] if came else 1))
+            said = cli("store", "verify", "desk", "--store", empty)
+            assert (said.code, "not finished" in said.err) == (2, True), said
+        assert came == sorted(set(came))
+        assert cli("store", "import", "desk", "whole.jsonl", "--store", empty).code == 0
+        assert cli("store", "export", "desk", "again.jsonl", "--store", empty).code == 0
+        assert (tmp_path / "again.jsonl").read_bytes() == b"".join(lines)
+
 
 _SECTIONS = (
     "event",
@@ -140,6 +178,57 @@ def killed(command: list[str], file: Path) -> None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+def killed_import(store: str, lines: list[bytes], *, beyond: int) -> int:
+    """Pours these into an import, kills it once more than `beyond` of them are in the store, answers how many are."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "foldbus", "store", "import", "desk", "-", "--store", store],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdin is not None
+
+    def pour(into: IO[bytes]) -> None:
+        with suppress(BrokenPipeError):
+            into.write(b"".join(lines))
+            into.flush()
+
+    pouring = Thread(target=pour, args=(process.stdin,))
+    pouring.start()
+    until = time.monotonic() + 30
+    while imported(store) <= beyond:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < until
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    pouring.join()
+    with suppress(BrokenPipeError):
+        process.stdin.close()
+    return imported(store)
+
+
+def imported(store: str) -> int:
+    """How many lines of an import that is not finished are in the store."""
+    if not store.startswith("sqlite:"):
+
+        async def ask() -> int:
+            db: Any = await asyncpg.connect(store)
+            try:
+                return int(await db.fetchval("select lines from foldbus_desk.import"))
+            except asyncpg.UndefinedTableError:
+                return 0
+            finally:
+                await db.close()
+
+        return asyncio.run(ask())
+    file = Path(store.removeprefix("sqlite:")) / "desk.db"
+    if not file.exists():
+        return 0
+    with closing(sqlite3.connect(file)) as db:
+        try:
+            return int(db.execute(f"SELECT lines FROM {IMPORT}").fetchone()[0])
+        except sqlite3.OperationalError:
+            return 0
 
 
 def damage(desk: Desk, sql: str) -> None:
