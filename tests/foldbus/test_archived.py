@@ -120,7 +120,7 @@ async def test_a_handler_that_appends_blindly_fails_instead_of_losing_for_ever(
     envelope = open_connection.service.codec.encode(
         Blind(pad="last"), Origin("front", ids.new(), NOON, ids.new()), topic="pad.commands"
     )
-    (result,) = await handler.process([Item(envelope, None)], [])
+    (result,) = await handler.process([Item(envelope, None)], {})
     assert isinstance(result, Failed)
     assert isinstance(result.error, StreamArchived)
     assert await whole_log(store) == []
