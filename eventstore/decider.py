@@ -285,7 +285,7 @@ def state_type(evolve: Callable[..., Any], initial: object) -> object:
 def parameter_types(function: Callable[..., Any], index: int, root: type[M]) -> tuple[type[M], ...]:
     """The message classes that a function's parameter is annotated with: one, or a union. Raises BadDecider."""
     name = getattr(function, "__qualname__", repr(function))
-    parameters = list(typing.get_type_hints(function)) if hasattr(function, "__annotations__") else []
+    parameters = list(getattr(function, "__annotations__", ()))
     try:
         hints = typing.get_type_hints(function)
         code = function.__code__

@@ -174,7 +174,8 @@ class Outcome:
     of each stream it appended to. DUPLICATE: the claim was taken before, `reply` is what is stored with it. An append
     without a claim that repeats event ids at an explicit expected version is COMMITTED again with its first result.
     CONFLICT: `stream`, `expected` and `actual` name the first mismatch (None when it was a fence, or when an earlier
-    unit of the call was lost). CANCELLED: the claim was cancelled by an undo.
+    unit of the call was lost); of an archived stream `actual` is minus its version. CANCELLED: the claim was cancelled
+    by an undo.
     """
 
     verdict: Verdict

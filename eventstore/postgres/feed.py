@@ -64,6 +64,11 @@ class Watermark:
                 self._answered = covers
         return self.safe
 
+    def vouched(self, connection: object) -> Position | None:
+        """What is known to be safe, for a statement on this connection. None: it was not asked before, so if the server
+        has crashed since, this connection cannot tell."""
+        return self.safe if connection in self._witnesses else None
+
 
 class Wakeups:
     """`run` is to be kept running as a task; without it, waiting is polling."""

@@ -13,11 +13,13 @@ from uuid import UUID
 
 from bus.envelope import Envelope, Position, StreamId, Version
 from eventstore import rows, selecting
+from eventstore.ahead import Ahead
 from eventstore.errors import CheckpointAhead
 from eventstore.port import Bodies, Page, Slice, StreamInfo, Where
 from eventstore.postgres import feed
 
 Query = Callable[..., Awaitable[Sequence[Any]]]
+QueryBelow = Callable[[str, Position, int], Awaitable[Sequence[Any]]]
 _END = 2**63 - 1
 
 _LEAN = """pos, type, key, topic, data, category, stream, version,
@@ -27,10 +29,12 @@ most readers look at neither."""
 
 
 class PostgresReading:
-    """`query(sql, *arguments)` runs one statement in autocommit and answers its rows."""
+    """`query(sql, *arguments)` runs one statement in autocommit and answers its rows. `query_below(sql, after, limit)`
+    runs it with (after, known, limit), where `known` is safe; no rows if nothing so far above `after` is known to be.
+    """
 
-    def __init__(self, query: Query, schema: str, watermark: feed.Watermark) -> None:
-        self._query, self._watermark = query, watermark
+    def __init__(self, query: Query, query_below: QueryBelow, schema: str, watermark: feed.Watermark) -> None:
+        self._query, self._query_below, self._watermark = query, query_below, watermark
         self._events = f"select {_LEAN} from {schema}.read_events($1, $2, $3)"
         self._log = f"select * from {schema}.read_log($1, $2, $3)"
         self._chosen = f"select {_LEAN} from {schema}.read_chosen($1, $2, $3, $4, $5, $6, $7, $8)"
@@ -44,6 +48,10 @@ class PostgresReading:
             raise ValueError(f"limit is {limit}; wanted 1 or more")
         if where is not None:
             selecting.check_where(where, outgoing=outgoing)
+        if where is None and not outgoing and self._watermark.safe - after >= limit:
+            page = await self._read_far_below(after, limit)
+            if page is not None:
+                return page
         head = await self._watermark.fresh()
         if after > self._watermark.drawn:
             raise CheckpointAhead(after, drawn=self._watermark.drawn)
@@ -58,6 +66,17 @@ class PostgresReading:
             records = rows.lean_envelopes(await self._query(self._events, after, head, limit))
         upto = records[-1].position or head if len(records) >= limit else head
         return Page(records, upto, head)
+
+    async def _read_far_below(self, after: Position, limit: int) -> Page | None:
+        """Events far below the end are read beside the question where that is, not after it. None: not here."""
+        asking: Ahead[Position] = Ahead()
+        asking.begin(self._watermark.fresh())
+        try:
+            records = rows.lean_envelopes(await self._query_below(self._events, after, limit))
+            head = await asking.take()
+        finally:
+            await asking.close()
+        return Page(records, records[-1].position or after, head) if len(records) == limit else None
 
     async def _read_chosen(self, after: Position, head: Position, limit: int, where: Where) -> Page:
         span = selecting.span(where, after=after, head=head)

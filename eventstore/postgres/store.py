@@ -112,7 +112,7 @@ class PostgresStore:
             self._wakeups.committed,
             self.schema,
         )
-        self._reading = PostgresReading(self._rows, self.schema, self._watermark)
+        self._reading = PostgresReading(self._rows, self._rows_below, self.schema, self._watermark)
         # A flush that is slow lends its place, but others than `commit` want connections too.
         self._coalescer = Coalescer(
             self._commit_alone,
@@ -282,28 +282,50 @@ class PostgresStore:
                 outcomes[nth] = replace(outcomes[nth], reply=standing.reply)
 
     async def _commit_within(self, call: Call, tx: Tx) -> Sequence[Outcome]:
+        outcomes = await self._within(tx, lambda db: self._call(db, call), doing="commit within a transaction")
+        if isinstance(tx, PostgresTx):
+            tx.wrote = True
+        return outcomes
+
+    async def take(self, tx: Tx, consumer: str, message_id: UUID) -> Standing:
+        async def take(db: Driver) -> Standing:
+            # Two numbers: a key space apart from the floor lock's. A collision makes somebody wait, no more.
+            lock = "select pg_advisory_xact_lock(hashtext($1), hashtext($2))"
+            await db.execute(lock, consumer, message_id.hex, timeout=self._timeout_s)
+            # A statement, and so a snapshot, of its own: it sees what the one waited for has committed.
+            (standing,) = await self._examine(db, consumer, [message_id])
+            return standing
+
+        return await self._within(tx, take, doing="take a message")
+
+    def committed(self) -> None:
+        self._wakeups.committed()
+
+    async def _within(self, tx: Tx, act: Callable[[Driver], Awaitable[T]], *, doing: str) -> T:
         try:
             pooled = await tx.sql.get_raw_connection()
             db = cast("Driver", pooled.driver_connection)
+            if not isinstance(cast("object", db), asyncpg.Connection):
+                raise EventStoreError(
+                    f"tx is a connection of {type(db).__module__}; wanted one of asyncpg (postgresql+asyncpg://…); "
+                    "nothing was written"
+                )
             if not db.is_in_transaction():
                 # SQLAlchemy begins a transaction when it first executes something itself. (It refuses to, when the
                 # caller has ended the transaction of the context that it is still in.)
                 await tx.sql.exec_driver_sql("select 1")
             if not db.is_in_transaction():
                 raise EventStoreError("the connection is in autocommit; wanted a transaction, nothing was written")
-            outcomes = await self._call(db, call)
+            return await act(db)
         except InvalidRequestError as error:
             raise EventStoreError(f"this transaction has ended, nothing was written: {error}") from error
         except DRIVER_ERRORS as error:
             if kind(error) is Trouble.DATA:
                 raise BadUnit(f"the database cannot hold a value of these units: {error}") from error
-            raise translated(error, doing="commit within a transaction") from error
+            raise translated(error, doing=doing) from error
         except asyncio.CancelledError:
             await tx.sql.invalidate()  # in the middle of a statement: the transaction is gone with its connection
             raise
-        if isinstance(tx, PostgresTx):
-            tx.wrote = True
-        return outcomes
 
     async def _commit_one_by_one(
         self, units: Sequence[Unit], watermarks: Sequence[Watermark], trouble: _DataTrouble
@@ -363,20 +385,28 @@ class PostgresStore:
         ]
         if any(one.snapshot_schema is not None for one in wanted):
             arguments.append([one.snapshot_schema for one in wanted])
-        found = await self._rows(f"select * from {self.schema}.load({_places(len(arguments))})", *arguments)
+        # Id and time as they are on the wire: see `_LEAN` in reading.py. A snapshot's time is read as it is.
+        found = await self._rows(
+            f"""select ord, stream_version, uuid_send(id) as id, type, key, topic, timestamptz_send(made_at) as time,
+                       case when id is null then made_at end as made_at, data, meta, version, pos
+                  from {self.schema}.load({_places(len(arguments))})""",
+            *arguments,
+        )
         versions = [0] * len(wanted)
         records: list[list[Envelope]] = [[] for _ in wanted]
         snapshots: list[Snapshot | None] = [None] * len(wanted)
         for row in found:
-            nth, stream_version, id, type, key, topic, time, data, meta, version, position = row
-            place = int(nth) - 1
+            nth, stream_version, id, type, key, topic, time, made_at, data, meta, version, position = row
+            place: int = nth - 1
             versions[place] = stream_version
             if id is not None:
                 stream = wanted[place].stream
-                records[place].append(rows.envelope(id, type, key, topic, data, time, meta, stream, version, position))
+                records[place].append(
+                    rows.lean_envelope(id, type, key, topic, data, time, meta, stream, version, position)
+                )
             elif version is not None:
                 one = wanted[place]
-                snapshots[place] = Snapshot(one.stream, version, str(one.snapshot_schema), data, time)
+                snapshots[place] = Snapshot(one.stream, version, str(one.snapshot_schema), data, made_at)
         for one, version in zip(wanted, versions, strict=True):
             selecting.check_version(one.stream, version)
         return [
@@ -465,6 +495,19 @@ class PostgresStore:
         async def ask() -> Sequence[asyncpg.Record]:
             async with self.connection() as db:
                 return await db.fetch(sql, *arguments, timeout=self._timeout_s)
+
+        return await self._retried(ask, doing="ask the database")
+
+    async def _rows_below(self, sql: str, after: Position, limit: int) -> Sequence[asyncpg.Record]:
+        """See `PostgresReading`. What was safe once is so until the server crashes, and so for a connection that has
+        lived since: when it answers, there was no crash."""
+
+        async def ask() -> Sequence[asyncpg.Record]:
+            async with self.connection() as db:
+                known = self._watermark.vouched(db)
+                if known is None or known - after < limit:
+                    return ()
+                return await db.fetch(sql, after, known, limit, timeout=self._timeout_s)
 
         return await self._retried(ask, doing="ask the database")
 

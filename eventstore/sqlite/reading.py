@@ -61,12 +61,10 @@ def load(connection: sqlite3.Connection, wanted: Sequence[Wanted]) -> list[Slice
     return slices
 
 
-def examine(connection: sqlite3.Connection, consumer: str, ids: Sequence[UUID]) -> list[Standing]:
+def examine(session: Session, consumer: str, ids: Sequence[UUID]) -> list[Standing]:
     known = {
         id: Standing(state, None if reply is None else rows.from_document(reply, data or b""))
-        for id, state, _, reply, data in claim_rows(
-            DriverSession(connection), consumer, sorted({id.bytes for id in ids})
-        )
+        for id, state, _, reply, data in claim_rows(session, consumer, sorted({id.bytes for id in ids}))
     }
     nothing = Standing(ClaimState.NEW)
     return [known.get(id, nothing) for id in ids]

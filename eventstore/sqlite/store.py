@@ -183,7 +183,7 @@ class SqliteStore:
 
     async def examine(self, consumer: str, ids: Sequence[tuple[UUID, str]]) -> Sequence[Standing]:
         wanted = [id for id, _ in ids]
-        return await self.database.read(lambda connection: reading.examine(connection, consumer, wanted))
+        return await self.database.read(lambda connection: reading.examine(DriverSession(connection), consumer, wanted))
 
     async def begin_effect(self, claim: Claim, *, lease_s: float) -> Standing:
         raise NotImplementedError("effect handlers are reserved: no store records a claim as started yet")
@@ -312,6 +312,20 @@ class SqliteStore:
                 await connection.commit()
             except DBAPIError as error:
                 raise self._fault(error) from error
+        self._watch.look()
+
+    async def take(self, tx: Tx, consumer: str, message_id: UUID) -> Standing:
+        """The file's write lock is all the waiting that there is."""
+        try:
+            await self._make_sure_it_is_open(tx.sql, own=isinstance(tx, SqliteTx))
+            (standing,) = await tx.sql.run_sync(
+                lambda connection: reading.examine(SqlalchemySession(connection), consumer, [message_id])
+            )
+        except DBAPIError as error:
+            raise self._fault(error) from error
+        return standing
+
+    def committed(self) -> None:
         self._watch.look()
 
     async def _commit_within(self, tx: Tx, call: Call) -> Written:

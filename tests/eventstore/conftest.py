@@ -16,10 +16,9 @@ def unmigrated(request: pytest.FixtureRequest) -> Backend:
     return STORES[request.param](request)
 
 
-@pytest_asyncio.fixture
-async def backend(unmigrated: Backend) -> Backend:
-    await unmigrated.migrate()
-    return unmigrated
+@pytest.fixture(params=list(STORES))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return STORES[request.param](request, migrated=True)
 
 
 @pytest_asyncio.fixture

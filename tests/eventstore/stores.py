@@ -51,10 +51,12 @@ class Backend:
     open: Open
 
 
-def sqlite_backend(request: pytest.FixtureRequest) -> Backend:
-    from eventstore.sqlite import SqliteStore
+def sqlite_backend(request: pytest.FixtureRequest, *, migrated: bool = False) -> Backend:
+    from eventstore.sqlite import SqliteStore, migrations
 
     path: Path = request.getfixturevalue("tmp_path") / "store.sqlite"
+    if migrated:
+        migrations.migrate(path, service=SERVICE)
 
     def open_(**options: Any) -> AbstractAsyncContextManager[Any]:
         return SqliteStore.open(path, service=SERVICE, **options)
@@ -62,10 +64,10 @@ def sqlite_backend(request: pytest.FixtureRequest) -> Backend:
     return Backend("sqlite", str(path), lambda: SqliteStore.migrate(path, service=SERVICE), open_)
 
 
-def postgres_backend(request: pytest.FixtureRequest) -> Backend:
+def postgres_backend(request: pytest.FixtureRequest, *, migrated: bool = False) -> Backend:
     from eventstore.postgres import PostgresStore
 
-    dsn: str = request.getfixturevalue("database")
+    dsn: str = request.getfixturevalue("shop_database" if migrated else "database")
 
     def open_(**options: Any) -> AbstractAsyncContextManager[Any]:
         return PostgresStore.open(dsn, service=SERVICE, clock=SystemClock(), ids=Uuid7Ids(), **options)
@@ -73,7 +75,7 @@ def postgres_backend(request: pytest.FixtureRequest) -> Backend:
     return Backend("postgres", dsn, lambda: PostgresStore.migrate(dsn, service=SERVICE), open_)
 
 
-STORES: dict[str, Callable[[pytest.FixtureRequest], Backend]] = {
+STORES: dict[str, Callable[..., Backend]] = {
     "sqlite": sqlite_backend,
     "postgres": postgres_backend,
 }

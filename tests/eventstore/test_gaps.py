@@ -210,13 +210,52 @@ async def _crash(server: Any) -> None:
                 after = 1
                 for _ in range(20):
                     try:
-                        page = await store.read_all(after=after, limit=10)
+                        page = await store.read_all(after=after, limit=1)
                     except StoreUnavailable:  # connections from before the crash
                         continue
                     seen += names(page.records)
                     after = max(after, page.upto)
             page = await store.read_all(after=after, limit=10)
             assert [*seen, *names(page.records)] == ["late", "early"]
+
+
+async def test_events_far_below_the_end_do_not_wait_for_where_the_end_is(database: str) -> None:
+    await PostgresStore.migrate(database, service=SERVICE)
+    async with PostgresStore.open(database, service=SERVICE, pool_size=2) as store:
+        for n in range(6):
+            await put(store, f"e-{n}")
+        inner: Any = store
+        watermark, asked, answer = inner._watermark, asyncio.Event(), asyncio.Event()
+        async with asyncio.timeout(20):
+            while True:  # until each connection was asked for the watermark once, and can tell of a crash
+                await store.head()
+                async with store.connection() as first, store.connection() as second:
+                    if watermark.vouched(first) and watermark.vouched(second):
+                        break
+        query, below = watermark._query, inner._reading._query_below
+        arrived: list[int] = []
+
+        async def held() -> Any:
+            asked.set()
+            await answer.wait()
+            return await query()
+
+        async def noted(sql: str, after: int, limit: int) -> Any:
+            found = await below(sql, after, limit)
+            arrived.append(len(found))
+            return found
+
+        watermark._query, inner._reading._query_below = held, noted
+        reading = asyncio.create_task(store.read_all(after=0, limit=4))
+        async with asyncio.timeout(20):
+            await asked.wait()
+            while not arrived:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        assert not reading.done()
+        answer.set()
+        page = await reading
+        assert (arrived, names(page.records)) == ([4], ["e-0", "e-1", "e-2", "e-3"])
+        assert page.head == await store.head() > page.upto == page.records[-1].position
 
 
 async def one_in(store: PostgresStore, tx: Any, n: int) -> None:

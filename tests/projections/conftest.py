@@ -15,10 +15,8 @@ from tests.eventstore.stores import STORES, Backend
 
 
 @pytest.fixture(params=list(STORES))
-async def backend(request: pytest.FixtureRequest) -> Backend:
-    found = STORES[request.param](request)
-    await found.migrate()
-    return found
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return STORES[request.param](request, migrated=True)
 
 
 @pytest.fixture
@@ -36,9 +34,7 @@ async def twin(backend: Backend, store: Any) -> AsyncIterator[Any]:
 
 @pytest.fixture
 async def sqlite_store(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
-    found = STORES["sqlite"](request)
-    await found.migrate()
-    async with found.open() as opened:
+    async with STORES["sqlite"](request, migrated=True).open() as opened:
         yield opened
 
 

@@ -113,10 +113,11 @@ def start_postgres(*, own: bool = False) -> Iterator[Postgres]:
 
 
 @contextmanager
-def new_database(dsn: str) -> Iterator[str]:
-    """A database of one's own in the server at `dsn`, dropped afterwards with whoever is still connected."""
+def new_database(dsn: str, *, like: str = "template0") -> Iterator[str]:
+    """A database of one's own in the server at `dsn`, dropped afterwards with whoever is still connected. A copy of the
+    database `like`, to which nobody may be connected."""
     name = f"test_{secrets.token_hex(6)}"
-    _execute(dsn, f'CREATE DATABASE "{name}" TEMPLATE template0')
+    _execute(dsn, f'CREATE DATABASE "{name}" TEMPLATE "{like}"')
     try:
         yield urlunsplit(urlsplit(dsn)._replace(path=f"/{name}"))
     finally:
