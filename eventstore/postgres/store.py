@@ -112,7 +112,7 @@ class PostgresStore:
             self._wakeups.committed,
             self.schema,
         )
-        self._reading = PostgresReading(self._rows, self._rows_below, self._rows_below, self.schema, self._watermark)
+        self._reading = PostgresReading(self._rows, self._rows_below, self.schema, self._watermark)
         # A flush that is slow lends its place, but others than `commit` want connections too.
         self._coalescer = Coalescer(
             self._commit_alone,
@@ -495,19 +495,6 @@ class PostgresStore:
         async def ask() -> Sequence[asyncpg.Record]:
             async with self.connection() as db:
                 return await db.fetch(sql, *arguments, timeout=self._timeout_s)
-
-        return await self._retried(ask, doing="ask the database")
-
-    async def _rows_below(self, sql: str, after: Position, limit: int) -> Sequence[asyncpg.Record]:
-        """See `PostgresReading`. What was safe once is so until the server crashes, and so for a connection that has
-        lived since: when it answers, there was no crash."""
-
-        async def ask() -> Sequence[asyncpg.Record]:
-            async with self.connection() as db:
-                known = self._watermark.vouched(db)
-                if known is None or known - after < limit:
-                    return ()
-                return await db.fetch(sql, after, known, limit, timeout=self._timeout_s)
 
         return await self._retried(ask, doing="ask the database")
 
