@@ -53,10 +53,13 @@ class Handler:
     It takes commands of its own service, which it answers with what it returns, or events of any service: then it is a
     subscription with its own consumer group, named after the function unless `name` says otherwise. Its first
     parameter's annotation (a class or a union of classes) names what it takes. Renaming a subscription starts it anew.
+
+    An attempt that takes longer than `timeout_s` failed, and is tried again like any other. (PostgreSQL ends a
+    transaction of ours that stands idle for 60 s, since it may hold up readers.)
     """
 
-    def __init__(self, function: Callable[..., Any], *, name: str | None = None) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], *, name: str | None = None, timeout_s: float = 50.0) -> None:
+        self.function, self.timeout_s = function, timeout_s
         self.name = name or getattr(function, "__name__", "").strip("_").replace("_", "-")
         self.in_thread = not inspect.iscoroutinefunction(function)
         try:

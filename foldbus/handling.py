@@ -127,8 +127,9 @@ class HandlerProcessor:
             async with AsyncExitStack() as stack:
                 ctx = self._context(envelope, stack)
                 try:
-                    value = await handler(message, ctx)
-                    await ctx.finish()
+                    async with asyncio.timeout(handler.timeout_s):
+                        value = await handler(message, ctx)
+                        await ctx.finish()
                 finally:
                     ctx.close()
                 unit = self._unit(envelope, value, ctx)

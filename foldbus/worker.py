@@ -23,7 +23,7 @@ from bus.cloudevents import from_record
 from bus.codec import command_type_name
 from bus.consumer import ConsumerEngine, EngineSettings
 from bus.envelope import Envelope
-from bus.errors import MissingTopics, Undecodable, UnknownType
+from bus.errors import FoldbusError, MissingTopics, Undecodable, UnknownType
 from bus.messages import Event
 from bus.processing import Processor
 from bus.transport import Delivery
@@ -197,6 +197,7 @@ class Worker:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done, with its error, when a part failed for good."""
         self._consumers: dict[str, ConsumerEngine] = {}
+        self._ending = False
         self._build()
 
     def _build(self) -> None:
@@ -249,6 +250,7 @@ class Worker:
         of the context (also of `ended`, and of `check`). What the body raises by itself comes out as it is.
         """
         body = _Body()
+        self._ending = False
         parts = [
             asyncio.create_task(self._when_topics_exist(engine), name=f"engine {engine}") for engine in self.engines
         ]
@@ -274,6 +276,7 @@ class Worker:
             if body.cancelled_by_others or not self.ended.done():
                 raise
         finally:
+            self._ending = True
             for engine in self.engines:
                 engine.stop()
             try:
@@ -296,6 +299,10 @@ class Worker:
 
     def _part_ended(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
+        if error is None and not self._ending:
+            error = PartEnded(
+                f"{task.get_name()} ended while the worker runs: a mistake in it, or somebody cancelled it"
+            )
         if error is not None and not self.ended.done():
             log.critical("%s failed for good", task.get_name(), exc_info=error)
             self.ended.set_exception(error)
@@ -311,6 +318,10 @@ class Worker:
                     log.warning("waiting for topics: %s", error)
                 waited += 0.5
                 await asyncio.sleep(0.5)
+
+
+class PartEnded(FoldbusError):
+    """A part of a worker ended by itself, without an error, though nobody asked it to."""
 
 
 class _Body:

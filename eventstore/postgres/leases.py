@@ -10,13 +10,14 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 from bus.envelope import Position
 from bus.errors import Fenced
 from bus.metrics import Metrics
 from bus.seams import Clock
+from bus.tasks import ended
 from eventstore.errors import EventStoreError, StoreUnavailable
 from eventstore.port import Lease
 
@@ -77,11 +78,11 @@ class PostgresLeases:
         try:
             yield leadership
         finally:
-            renewing.cancel()
-            with suppress(asyncio.CancelledError):
-                await renewing
-            # Also when cancelled: the next leader need not wait for the lease to run out.
-            await asyncio.shield(asyncio.ensure_future(self._release(lease)))
+            try:
+                await ended(renewing)
+            finally:
+                # Also when cancelled: the next leader need not wait for the lease to run out.
+                await asyncio.shield(asyncio.ensure_future(self._release(lease)))
 
     async def _keep(self, leadership: PostgresLeadership, ttl_s: float) -> None:
         lease = leadership.lease

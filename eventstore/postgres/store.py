@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from datetime import datetime
 from itertools import islice
@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from bus.envelope import Envelope, Failure, Offset, Position, StreamId, Version
 from bus.metrics import MemoryMetrics, Metrics
 from bus.seams import Clock, Ids, SystemClock
+from bus.tasks import ended
 from eventstore import rows, selecting
 from eventstore.checks import check_units
 from eventstore.errors import BadUnit, EventStoreError, StoreUnavailable
@@ -176,11 +177,11 @@ class PostgresStore:
             try:
                 await store._coalescer.close()
             finally:
-                if listening is not None:
-                    listening.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await listening
-                await store._pool.close()
+                try:
+                    if listening is not None:
+                        await ended(listening)
+                finally:
+                    await store._pool.close()
 
     @staticmethod
     async def migrate(dsn: str, *, service: str) -> None:

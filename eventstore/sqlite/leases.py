@@ -13,6 +13,7 @@ from bus.envelope import Position
 from bus.errors import Fenced
 from bus.metrics import Metrics
 from bus.seams import Clock
+from bus.tasks import ended
 from eventstore import rows
 from eventstore.errors import EventStoreError, StoreUnavailable
 from eventstore.port import Leadership, Lease
@@ -64,11 +65,11 @@ class SqliteLeases:
         try:
             yield leadership
         finally:
-            renewing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await renewing
-            with contextlib.suppress(EventStoreError):  # it runs out by itself then
-                await self._give_up(lease)
+            try:
+                await ended(renewing)
+            finally:
+                with contextlib.suppress(EventStoreError):  # it runs out by itself then
+                    await self._give_up(lease)
 
     async def _try(self, name: str, ttl_s: float) -> Lease | None:
         def until(connection: sqlite3.Connection) -> int:

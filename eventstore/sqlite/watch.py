@@ -7,11 +7,11 @@ microseconds, and so is asked on the event loop itself, every 2 to 20 ms, and on
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sqlite3
 
 from bus.envelope import Position
 from bus.seams import Clock
+from bus.tasks import ended
 
 _POLL_S = (0.002, 0.02)
 
@@ -70,6 +70,4 @@ class Watch:
 
     async def close(self) -> None:
         if self._polling is not None:
-            self._polling.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._polling
+            await ended(self._polling)

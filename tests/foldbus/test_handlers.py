@@ -258,6 +258,18 @@ class TestAHandler:
         assert isinstance(result.error, BadAnswer)
         assert await balance(store) is None
 
+    async def test_that_takes_too_long_fails_and_leaves_nothing(self, store: Store) -> None:
+        async def slow(command: Pay, ctx: Context) -> Paid:
+            await (await ctx.sql()).execute(insert(accounts).values(id="a", cents=1))
+            await asyncio.Event().wait()
+            return Paid(account=command.account, cents=1, balance=1)
+
+        processor = command_processor(connection(store, Handler(slow, timeout_s=0.1)))
+        (result,) = await processor.process([item(Pay(account="a", cents=1))], {})
+        assert isinstance(result, Failed)
+        assert isinstance(result.error, TimeoutError)
+        assert await balance(store) is None
+
     async def test_uses_the_orm(self, store: Store) -> None:
         class Base(DeclarativeBase):
             metadata = tables

@@ -15,7 +15,7 @@ import pytest
 
 from bus.errors import FoldbusError
 from foldbus import Connection, Service
-from foldbus.worker import Worker
+from foldbus.worker import PartEnded, Worker
 from tests.foldbus.desk import SOURCE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +67,21 @@ async def test_a_part_that_fails_for_good_cancels_the_body_and_its_error_comes_o
     assert task.cancelling() == 0
     assert worker.ended.exception() is raised.value
     await asyncio.sleep(0)  # nothing of it is left over
+
+
+@pytest.mark.parametrize("how", ["returns", "is cancelled"])
+async def test_a_part_that_ends_though_nobody_asked_it_to_is_no_silent_loss(connection: Connection, how: str) -> None:
+    worker, end = Worker(connection), asyncio.Event()
+
+    async def run() -> None:
+        await end.wait()
+        if how == "is cancelled":
+            raise asyncio.CancelledError
+
+    worker.relay.run = run  # type: ignore[method-assign]
+    with pytest.raises(PartEnded, match="relay ended while the worker runs"):
+        async with asyncio.timeout(20):
+            await body(worker, end)
 
 
 async def test_the_error_comes_out_also_when_the_body_ended_before_it_heard(connection: Connection) -> None:
