@@ -82,6 +82,12 @@ SECTIONS: tuple[Section, ...] = (
         frozenset({"reply_data"}), grows=True,
     ),
     Section(
+        "settled_letter",
+        ("number", "consumer", "id", "failed_at", "key", "value", "details", "settled_at", "settled_as", "settled_by",
+         "reason"),
+        1, frozenset({"key", "value"}), grows=True,
+    ),
+    Section(
         "snapshot", ("category", "id", "version", "schema", "state", "made_at", "truncated_upto"), 2,
         frozenset({"state"}),
     ),

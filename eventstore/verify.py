@@ -27,6 +27,8 @@ RELATIONS: Mapping[str, str] = {
     "le": "name, token, position",
     "cl": "consumer, message, state, effect, reply",  # state as text; effect and reply: 1, 0 (effect null: not stored)
     "re": "consumer, message, claimed, last_event, last_public",  # replies; claimed: is there a claim, 1 or 0
+    "dl": "consumer, id, failed_at",  # dead letters that are open
+    "se": "number, consumer, id, failed_at, settled_as",
     "wm": "of_group, topic, part, next",
     "lg": "epoch, head",
 }
@@ -106,6 +108,13 @@ CHECKS: Mapping[str, str] = {
         select r.consumer || ' ' || r.message || ': its reply says position ' || r.last_event || ' (public '
                || r.last_public || '), the log ends at ' || lg.head
           from re r, lg where r.last_event > lg.head or r.last_public > r.last_event or r.last_public < 0""",
+    "dead letters are open or settled": """
+        select s.consumer || ' ' || s.id || ': open, and settled as ' || s.settled_as || ' (number ' || s.number || ')'
+          from dl d join se s on s.consumer = d.consumer and s.id = d.id and s.failed_at = d.failed_at
+        union all
+        select s.consumer || ' ' || s.id || ': settled as ' || s.settled_as || ' (number ' || s.number || ')'
+          from se s where s.number < 1
+            or s.settled_as not in ('redriven', 'replaced', 'discarded', 'handled', 'folded')""",
     "checkpoints are not ahead": """
         select l.name || ': at ' || l.position || ' with token ' || l.token || ', the log ends at ' || lg.head
           from le l, lg where l.position > lg.head or l.position < 0 or l.token < 1""",

@@ -55,6 +55,8 @@ _SELECT: Mapping[str, str] = {
     "claim": "select c.consumer, c.message_id, c.key, c.state, c.taken_at, r.document, r.data, r.last_event, "
     "r.last_public from {schema}.claims c left join {schema}.replies r using (consumer, message_id) "
     'where (c.consumer collate "C", c.message_id) > ($1, $2) order by c.consumer collate "C", c.message_id',
+    "settled_letter": "select number, consumer, id, failed_at, key, value, document, settled_at, settled_as, settled_by"
+    ", reason from {schema}.settled_letters where number > $1 order by number",
     "snapshot": "select category, id, version, schema, state, made_at, truncated_upto from {schema}.snapshots "
     + _NAMED,
     "timer": "select consumer, id, key, due_at, show_at, document, data from {schema}.timers "
@@ -72,6 +74,7 @@ TABLES: Mapping[str, str] = {
     "outgoing": "outgoing",
     "stream": "streams",
     "claim": "claims",
+    "settled_letter": "settled_letters",
     "snapshot": "snapshots",
     "timer": "timers",
     "dead_letter": "dead_letters",
@@ -83,6 +86,7 @@ _BEGIN: Mapping[str, Row] = {
     "event": (-1,),
     "archived": (-1,),
     "outgoing": (-1,),
+    "settled_letter": (-1,),
     "stream": ("", ""),
     "snapshot": ("", ""),
     "watermark": ("", "", -(2**31)),
@@ -94,12 +98,16 @@ _COPY: Mapping[str, tuple[str, ...]] = {
     "outgoing": ("position", "id", "type", "key", "topic", "made_at", "data", "meta"),
     "stream": ("category", "id", "version", "archived_at", "previous"),
     "claim": ("consumer", "message_id", "key", "state", "taken_at", "effect"),
+    "settled_letter": (
+        "number", "consumer", "id", "failed_at", "key", "value", "document", "settled_at", "settled_as", "settled_by",
+        "reason",
+    ),
     "snapshot": ("category", "id", "version", "schema", "state", "made_at", "truncated_upto"),
     "timer": ("consumer", "id", "key", "due_at", "show_at", "document", "data"),
     "dead_letter": ("consumer", "id", "failed_at", "key", "value", "document"),
     "watermark": ("group", "topic", "partition", "offset"),
     "lease": ("name", "token", "position", "until"),
-}
+}  # fmt: skip
 _REPLIES = ("consumer", "message_id", "document", "data", "last_event", "last_public")
 
 _OK = """(c.state = 1 and (r.document is null or position('"outcome":"' in r.document) = 0
@@ -119,6 +127,8 @@ RELATIONS: Mapping[str, str] = {
     "re": """select r.consumer, r.message_id::text as message, (c.state is not null)::int as claimed,
         r.last_event, r.last_public
         from {schema}.replies r left join {schema}.claims c using (consumer, message_id)""",
+    "dl": "select consumer, id::text as id, failed_at from {schema}.dead_letters",
+    "se": "select number, consumer, id::text as id, failed_at, settled_as from {schema}.settled_letters",
     "wm": 'select "group" as of_group, topic, partition as part, "offset" as next from {schema}.watermarks',
     "lg": "select l.epoch, (select last_value from {schema}.position) as head from {schema}.log l",
 }
@@ -222,6 +232,9 @@ class PostgresTarget:
                 await self._copy("replies", _REPLIES, [_reply(row) for row in rows if row[5] is not None])
             convert = _AS_STORED[section.name]
             await self._copy(TABLES[section.name], _COPY[section.name], [convert(row) for row in rows])
+            if section.name == "settled_letter":  # what is settled from now on comes after them
+                letters = f"{self._schema}.settled_letters"
+                await self._db.execute("select setval(pg_get_serial_sequence($1, 'number'), $2)", letters, rows[-1][0])
             await self._db.execute(f"update {self._schema}.import set lines = $1, digest = $2", *_pair(filled))
 
     async def _copy(self, table: str, columns: Sequence[str], records: Sequence[Row]) -> None:
@@ -304,10 +317,10 @@ def _instants_at(*places: int) -> Convert:
     return convert
 
 
-def _with_id(convert: Convert) -> Convert:
+def _with_id(convert: Convert, at: int = 1) -> Convert:
     def with_id(row: Row) -> Row:
         found = convert(row)
-        return (found[0], found[1].hex, *found[2:])
+        return (*found[:at], found[at].hex, *found[at + 1 :])
 
     return with_id
 
@@ -322,6 +335,7 @@ _AS_EXPORTED: Mapping[str, Convert] = {
     "outgoing": _sent,
     "stream": _instants_at(3),
     "claim": _claim,
+    "settled_letter": _with_id(_instants_at(3, 7), at=2),
     "snapshot": _instants_at(5),
     "timer": _with_id(_instants_at(3, 4)),
     "dead_letter": _with_id(_instants_at(2)),
@@ -365,9 +379,9 @@ def _stored_instants(*places: int) -> Convert:
     return convert
 
 
-def _stored_with_id(convert: Convert) -> Convert:
+def _stored_with_id(convert: Convert, at: int = 1) -> Convert:
     def with_id(row: Row) -> Row:
-        return convert((row[0], UUID(row[1]), *row[2:]))
+        return convert((*row[:at], UUID(row[at]), *row[at + 1 :]))
 
     return with_id
 
@@ -382,6 +396,7 @@ _AS_STORED: Mapping[str, Convert] = {
     "outgoing": _stored_event,
     "stream": _stored_stream,
     "claim": _stored_claim,
+    "settled_letter": _stored_with_id(_stored_instants(3, 7), at=2),
     "snapshot": _stored_instants(5),
     "timer": _stored_with_id(_stored_instants(3, 4)),
     "dead_letter": _stored_with_id(_stored_instants(2)),

@@ -38,6 +38,8 @@ _SELECT: Mapping[str, str] = {
     "WHERE (category, id)>(?, ?) ORDER BY category, id",
     "claim": "SELECT consumer, message_id, key, state, claimed_at, reply, reply_data FROM foldbus_claims "
     "WHERE (consumer, message_id)>(?, ?) ORDER BY consumer, message_id",
+    "settled_letter": "SELECT number, consumer, id, failed_at, key, value, details, settled_at, settled_as, settled_by"
+    ", reason FROM foldbus_settled_letters WHERE number>? ORDER BY number",
     "snapshot": "SELECT category, id, version, schema, state, made_at, truncated_upto FROM foldbus_snapshots "
     "WHERE (category, id)>(?, ?) ORDER BY category, id",
     "timer": "SELECT consumer, id, key, due_at, shown_at, envelope, data FROM foldbus_timers "
@@ -54,6 +56,7 @@ TABLES: Mapping[str, str] = {
     "outgoing": "foldbus_outgoing",
     "stream": "foldbus_streams",
     "claim": "foldbus_claims",
+    "settled_letter": "foldbus_settled_letters",
     "snapshot": "foldbus_snapshots",
     "timer": "foldbus_timers",
     "dead_letter": "foldbus_dead_letters",
@@ -65,10 +68,19 @@ _BEGIN: Mapping[str, Row] = {
     "event": (-1,),
     "archived": (-1,),
     "outgoing": (-1,),
+    "settled_letter": (-1,),
     "watermark": ("", "", -(2**63)),
     "lease": ("",),
 }
-_IDS: Mapping[str, int] = {"event": 4, "archived": 4, "outgoing": 1, "claim": 1, "timer": 1, "dead_letter": 1}
+_IDS: Mapping[str, int] = {
+    "event": 4,
+    "archived": 4,
+    "outgoing": 1,
+    "claim": 1,
+    "settled_letter": 2,
+    "timer": 1,
+    "dead_letter": 1,
+}
 """Which column is an id: bytes here, hexadecimal outside."""
 
 # A stream's number is the position of its first event, as far as that is still there; see 0001_store.sql.
@@ -87,6 +99,8 @@ _INSERT: Mapping[str, str] = {
     "ON CONFLICT (category, id) DO UPDATE SET version=excluded.version, archived_at=excluded.archived_at",
     "claim": "INSERT INTO foldbus_claims (consumer, message_id, key, state, claimed_at, reply, reply_data, outcome) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+    "settled_letter": "INSERT INTO foldbus_settled_letters (number, consumer, id, failed_at, key, value, details, "
+    "settled_at, settled_as, settled_by, reason) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "snapshot": "INSERT INTO foldbus_snapshots (category, id, version, schema, state, made_at, truncated_upto) "
     "VALUES (?, ?, ?, ?, ?, ?, ?)",
     "timer": "INSERT INTO foldbus_timers (consumer, id, key, due_at, shown_at, envelope, data) "
@@ -117,6 +131,8 @@ RELATIONS: Mapping[str, str] = {
     "coalesce(json_extract(reply, '$.token[3]'), 0) as last_event, "
     "coalesce(json_extract(reply, '$.token[4]'), 0) as last_public "
     "from foldbus_claims where reply is not null and json_valid(reply)",
+    "dl": "select consumer, lower(hex(id)) as id, failed_at from foldbus_dead_letters",
+    "se": "select number, consumer, lower(hex(id)) as id, failed_at, settled_as from foldbus_settled_letters",
     "wm": 'select consumer_group as of_group, topic, partition as part, next_offset as "next" from foldbus_watermarks',
     "lg": "select epoch, head from foldbus_log",
 }

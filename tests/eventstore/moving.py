@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from io import BytesIO
@@ -14,7 +14,18 @@ from typing import Any
 from uuid import UUID
 
 from eventstore.export import Header, export_to, import_lines
-from eventstore.port import ANY, ClaimState, Fence, Snapshot, Unit, Watermark
+from eventstore.port import (
+    ANY,
+    ClaimState,
+    Fence,
+    LetterWhere,
+    Settled,
+    Settlement,
+    Settling,
+    Snapshot,
+    Unit,
+    Watermark,
+)
 from eventstore.postgres import PostgresStore
 from eventstore.postgres import moving as postgres_moving
 from eventstore.sqlite import SqliteStore
@@ -123,6 +134,26 @@ async def live(store: Any, *, streams: int = 3) -> None:
         await store.leases.mark(leading.lease, old=0, new=4)
     await store.forget_outgoing(upto=4)
     await store.snapshots.save([Snapshot(stream("o-1"), 2, "order/1", b"\x00\xff{}", NOON)])
+    await settle_one_of_each(store)
+
+
+async def settle_one_of_each(store: Any) -> None:
+    """Dead letters that somebody dealt with, in every way; one of them died again and is settled twice."""
+    again, handled = IDS.new(), IDS.new()
+    for nth, how in enumerate((*Settled, Settled.DISCARDED)):
+        id = again if how is Settled.REDRIVEN or nth == len(Settled) else IDS.new()
+        letter = dead_letter(handled if how is Settled.HANDLED else id, at=NOON + timedelta(seconds=nth))
+        if nth % 2:
+            letter = replace(letter, key=None, value=b'{"text": "\xc3\xb6"}')
+        state = ClaimState.DONE if how is Settled.HANDLED else ClaimState.DEAD
+        await store.commit([Unit(claim=claim(letter.id, state=state), dead_letter=letter)])
+        asked = Settled.REDRIVEN if how is Settled.HANDLED else how
+        settlement = Settlement(asked, NOON + timedelta(hours=nth, microseconds=1), "ann", f"because \u2028 {nth}")
+        unit = Unit(timers=(timer(NOON),)) if how is Settled.REDRIVEN else None
+        answer = await store.letters.settle(letter, settlement, unit=unit)
+        assert answer is (Settling.HANDLED if how is Settled.HANDLED else Settling.SETTLED)
+    found = await store.letters.page(LetterWhere(), settled=True)
+    assert [one.settled.how for one in found] == [*Settled, Settled.DISCARDED]
 
 
 __all__ = ["CONSUMER", "Place", "event", "failure", "lines", "live", "postgres_place", "signed", "sqlite_place"]

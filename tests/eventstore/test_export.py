@@ -31,9 +31,21 @@ from eventstore.export import (
     export_to,
     import_lines,
 )
-from eventstore.port import ANY, Append, Fence, Unit, Verdict, Wanted
+from eventstore.port import (
+    ANY,
+    Append,
+    Fence,
+    Letter,
+    LetterWhere,
+    Settled,
+    Settlement,
+    Settling,
+    Unit,
+    Verdict,
+    Wanted,
+)
 from tests.eventstore.moving import Place, lines, live, postgres_place, signed, sqlite_place
-from tests.eventstore.stores import IDS, SERVICE, append, claim, event, reply, stream, undo, verdicts, whole_log
+from tests.eventstore.stores import IDS, NOON, SERVICE, append, claim, event, reply, stream, undo, verdicts, whole_log
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -112,6 +124,22 @@ async def test_what_was_moved_answers_and_goes_on_as_the_old_store_would_have(tm
         assert grown.position == await old.head() + 1
         async with new.leases.lead("relay") as leading:  # at once: nobody holds it
             assert leading.lease.token == 2
+
+
+async def test_settled_letters_are_moved_and_what_is_settled_afterwards_comes_behind_them(
+    place: Place, tmp_path: Path
+) -> None:
+    first = await filled(sqlite_place(tmp_path / "first.db"))
+    await place.fill(await first.export())
+    async with first.store() as old, place.store() as new:
+        moved = await new.letters.page(LetterWhere(), settled=True)
+        assert moved == await old.letters.page(LetterWhere(), settled=True)
+        letter = (await new.letters.page(LetterWhere()))[0].letter
+        settlement = Settlement(Settled.DISCARDED, NOON, "ann", "a test order")
+        assert await new.letters.settle(letter, settlement) is Settling.SETTLED
+        *kept, last = await new.letters.page(LetterWhere(), settled=True)
+        assert kept == moved
+        assert last == Letter(letter, settlement, moved[-1].number + 1)
 
 
 async def test_an_undo_after_the_move_finds_its_step_done(tmp_path: Path, database: str) -> None:

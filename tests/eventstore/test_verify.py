@@ -134,6 +134,21 @@ DAMAGES: dict[str, dict[str, Any]] = {
         "sqlite": ["UPDATE foldbus_claims SET reply=json_set(reply, '$.token[3]', 5000) WHERE reply IS NOT NULL"],
         "postgres": ["update replies set last_event=5000"],
     },
+    "a letter that is open although it was settled": {
+        "check": "dead letters are open or settled",
+        "both": [
+            "insert into {p}dead_letters (consumer, id, failed_at, key, value, {details}) "
+            "select consumer, id, failed_at, key, value, {details} from {p}settled_letters where number=2"
+        ],
+    },
+    "a letter settled in no way": {
+        "check": "dead letters are open or settled",
+        "both": ["update {p}settled_letters set settled_as='half' where number=2"],
+    },
+    "a settled letter's document that is none": {
+        "check": DOCUMENTS,
+        "both": ["update {p}settled_letters set {details}='{{'"],
+    },
     "a relay ahead of the log": {
         "check": "checkpoints are not ahead",
         "both": ["update {p}leases set position=5000"],

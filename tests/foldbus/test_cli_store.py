@@ -157,6 +157,7 @@ _SECTIONS = (
     "outgoing",
     "stream",
     "claim",
+    "settled_letter",
     "snapshot",
     "timer",
     "dead_letter",
