@@ -44,6 +44,8 @@ log = logging.getLogger("foldbus.redrive")
 
 RELAY = "relay"
 _PAGE = 100
+_OF_SAGAS = ".replies"
+"""What the topics end in that answer sagas; see `service_topics`."""
 
 
 class CannotEdit(FoldbusError):
@@ -124,8 +126,9 @@ class Redriver:
 
     # --- redrive -----------------------------------------------------------------------------------------------------
 
-    def plan(self, letter: DeadLetter, edit: Edit | None = None) -> Plan:
-        """Looks at the letter alone and writes nothing. Raises CannotEdit."""
+    def plan(self, letter: DeadLetter, edit: Edit | None = None, *, sagas_too: bool = False) -> Plan:
+        """Looks at the letter alone and writes nothing. A saga's commands are refused unless `sagas_too`: it was told
+        that they died and goes on without them. Raises CannotEdit."""
         service = self._service
         if letter.consumer.startswith(f"{service.name}.projection."):
             name = letter.consumer.removeprefix(f"{service.name}.projection.")
@@ -150,6 +153,8 @@ class Redriver:
             return Plan(letter, refused=f"{len(message.data)} bytes of payload; wanted at most {self._max_bytes}")
         if letter.consumer == RELAY:
             return Plan(letter, message, Unit(outgoing=(message,)), edited=edit is not None)
+        if not sagas_too and (why := _of_a_saga(message)) is not None:
+            return Plan(letter, refused=why)
         if (fault := self._fault(message)) is not None:
             return Plan(letter, refused=f"it cannot be read: {fault}; give it another payload, or mend the code")
         # An id of its own: the worker takes it away by that once it is handled, and never a later redrive's.
@@ -287,6 +292,21 @@ class Pace:
 
 _CANCELLED = "its undo came first: it is cancelled, and the fence keeps it so"
 _GONE = "this letter is not open any more: somebody else settled it, or it died again"
+
+
+def _of_a_saga(message: Envelope) -> str | None:
+    """Why a saga's command is left alone. Its timeouts are no commands: only it waits for them."""
+    to = message.reply_to
+    if message.kind is not Kind.COMMAND or to is None or not to.topic.endswith(_OF_SAGAS):
+        return None
+    saga = f"saga {to.instance} {to.key}" if to.instance else f"a saga ({to.topic})"
+    if message.undoes is not None:
+        why = (
+            f"it undoes a step of {saga}, which was told that it died: `foldbus saga retry` sends another in its place"
+        )
+    else:
+        why = f"it is a step of {saga}, which was told that it died and went on: done now, no saga undoes it"
+    return f"{why}; --sagas-too does it all the same"
 
 
 def _note(message: Envelope) -> str:

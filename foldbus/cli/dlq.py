@@ -148,6 +148,7 @@ def redrive(
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another value; repeat")
     ] = None,
     as_type: Annotated[str | None, typer.Option(help="With --edit: of this type, where the old one is unknown")] = None,
+    sagas_too: Annotated[bool, typer.Option("--sagas-too", help="Also commands of sagas, which nobody undoes")] = False,
     yes: YesOption = False,
     store: StoreOption = None,
     bus: UnusedBus = None,
@@ -158,7 +159,9 @@ def redrive(
     check_chosen(ids, where, everything)
     changed = edit_of(edit, set_ or [], as_type)
     lines, more = finish(
-        _redrive(load_service(service), settings(store), ids, where, limit, per_second, changed, dry=not yes),
+        _redrive(
+            load_service(service), settings(store), ids, where, limit, per_second, changed, sagas_too, dry=not yes
+        ),
         hint="what was redriven is; run it again for the rest",
     )
     _tell(lines, more, limit, as_json, dry=not yes, what="redrive")
@@ -209,6 +212,7 @@ async def _redrive(
     limit: int,
     per_second: float | None,
     edit: Edit | None,
+    sagas_too: bool,
     *,
     dry: bool,
 ) -> tuple[list[_Line], bool]:
@@ -218,7 +222,7 @@ async def _redrive(
             raise BadFilter(f"another payload is for one letter; found {len(letters)}")
         pace = Pace(per_second, clock=SystemClock(), sleep=asyncio.sleep)
         for letter in letters:
-            plan = redriver.plan(letter, edit)
+            plan = redriver.plan(letter, edit, sagas_too=sagas_too)
             if dry:
                 lines.append(
                     (

@@ -8,7 +8,9 @@ from uuid import UUID
 
 import pytest
 
+from bus.envelope import ReplyTo
 from bus.transport import Outgoing
+from eventstore.port import Unit
 from foldbus import Connection
 from tests.foldbus.desk import Desk, dead_letters, until
 
@@ -81,6 +83,28 @@ class TestRedrive:
         assert "the number of the beast" in shown
         assert "header ce_type: desk.open.v1" in shown
         assert {one["id"] for one in desk.cli("dlq list", "--json").data["dead_letters"]} == {id, other}
+
+    def test_of_a_sagas_step_is_refused_with_the_reason_unless_it_is_asked_for(self, desk: Desk) -> None:
+        async def bad(connection: Connection) -> None:
+            step = connection.envelope(
+                desk.module.Open(ticket_id="a", number=666),
+                topic="desk.commands",
+                reply_to=ReplyTo("desk.replies", str(UUID(int=7)), "tidy"),
+            )
+            await connection.store.commit([Unit(outgoing=(step,))])
+            await dead_letters(connection, 1)
+
+        desk.do(bad)
+        dry = desk.cli("dlq redrive", "--type", "desk.open.v1", "--json")
+        assert (dry.code, dry.data["letters"][0]["what"]) == (1, "would refuse")
+        assert f"a step of saga tidy {UUID(int=7)}" in dry.data["letters"][0]["why"]
+        refused = desk.cli("dlq redrive", "--type", "desk.open.v1", "--yes", "--json")
+        assert (refused.code, refused.data["letters"][0]["what"]) == (1, "refused")
+        told = desk.cli("dlq redrive", "--type", "desk.open.v1", "--sagas-too", "--json")
+        assert (told.code, told.data["letters"][0]["what"]) == (0, "would redrive")
+        assert "died" in told.data["letters"][0]["why"]
+        done = desk.cli("dlq redrive", "--type", "desk.open.v1", "--sagas-too", "--yes", "--json")
+        assert (done.code, done.data["letters"][0]["what"]) == (0, "redriven")
 
     def test_by_filters_with_another_value_or_payload(self, desk: Desk, tmp_path: Path) -> None:
         (id, other) = poison(desk, "a", "b")

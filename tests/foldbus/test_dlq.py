@@ -357,7 +357,7 @@ class TestAStepOfASaga:
             await shop.store.commit([Unit(outgoing=(placed,))])
             (letter,) = await letters(shop, 1, consumer=its.shop.name)
             its.faults.decide.clear()
-            plan = redriver(shop).plan(letter)
+            plan = redriver(shop).plan(letter, sagas_too=True)
             assert "died" in plan.note
             assert (await redriver(shop).redrive(plan)).became is Became.REDRIVEN
             await eventually(lambda: types(shop, "a"), lambda found: "packed" in found)
@@ -370,6 +370,30 @@ class TestAStepOfASaga:
 
             await eventually(idle, bool)
             assert await letters(shop, 0) == []
+
+    async def test_that_died_is_left_alone_unless_sagas_commands_are_asked_for(self, pair: Pair) -> None:
+        """It would be an orphan: the saga has ended without it, and nobody would undo it."""
+        its = world(Faults(decide={"a"}))
+        metrics = MemoryMetrics()
+        async with running(pair, its) as shop:
+            placed = shop.envelope(its.Placed(order_id="a", cents=500), topic=f"{its.shop.name}.events")
+            await shop.store.commit([Unit(outgoing=(placed,))])
+            (letter,) = await letters(shop, 1, consumer=its.shop.name)
+            its.faults.decide.clear()
+            by = redriver(shop, metrics=metrics)
+            for edit in (None, Edit(fields={"order_id": "b"})):
+                found = await by.redrive(by.plan(letter, edit))
+                assert found.became is Became.REFUSED
+                assert "a step of saga ship" in found.why
+                assert "--sagas-too" in found.why
+            assert metrics.total("foldbus_redrive_refused_total") == 2
+            assert await letters(shop, 1) == [letter]
+            assert await shop.store.timers.next_due() is None
+            undo = replace(letter, headers=(*letter.headers, ("ce_undoes", str(ids.new()).encode())))
+            assert "foldbus saga retry" in by.plan(undo).refused
+            assert by.plan(undo, sagas_too=True).unit is not None
+            assert (await by.redrive(by.plan(letter, sagas_too=True))).became is Became.REDRIVEN
+            await eventually(lambda: types(shop, "a"), lambda found: found == ["packed"])
 
     async def test_whose_timeout_died_ends_once_that_is_redriven(self, pair: Pair) -> None:
         its = world()
