@@ -24,8 +24,12 @@ demo: $(STAMP)
 demo-servers: $(STAMP) servers
 	$(BIN)/python -m tests.servers run -- foldbus demo --store '{postgres}' --bus '{kafka}'
 
+# Side by side, since most tests wait for a server more than they compute; each process starts servers of its own.
+# `TESTS=0` runs them one after the other.
+TESTS ?= 3
+
 test: $(STAMP) servers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TESTS) --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff check

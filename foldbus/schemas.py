@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from eventstore.upgrading import Look, State
-from foldbus.backends import StoreUrl
+from foldbus.backends import StoreUrl, without_password
+from foldbus.unreachable import naming_store
 
 
 async def look_at_schema(url: str, service: str) -> Look:
@@ -17,7 +18,8 @@ async def look_at_schema(url: str, service: str) -> Look:
         return await asyncio.to_thread(migrations.look, parsed.file(service))
     from eventstore.postgres import schema
 
-    return await schema.look(parsed.text, service=service)
+    with naming_store(parsed.text, without_password(url)):
+        return await schema.look(parsed.text, service=service)
 
 
 async def upgrade_schema(url: str, service: str, *, contract: bool = False) -> None:
@@ -30,7 +32,8 @@ async def upgrade_schema(url: str, service: str, *, contract: bool = False) -> N
     else:
         from eventstore.postgres import schema
 
-        await schema.migrate(parsed.text, service=service, contract=contract)
+        with naming_store(parsed.text, without_password(url)):
+            await schema.migrate(parsed.text, service=service, contract=contract)
 
 
 async def schema_sql(url: str, service: str, *, contract: bool = False) -> str:
@@ -42,7 +45,8 @@ async def schema_sql(url: str, service: str, *, contract: bool = False) -> str:
         return await asyncio.to_thread(migrations.sql, parsed.file(service), service=service, contract=contract)
     from eventstore.postgres import schema
 
-    return await schema.sql(parsed.text, service=service, contract=contract)
+    with naming_store(parsed.text, without_password(url)):
+        return await schema.sql(parsed.text, service=service, contract=contract)
 
 
 __all__ = ["Look", "State", "look_at_schema", "schema_sql", "upgrade_schema"]

@@ -46,10 +46,11 @@ async def test_the_tutorials_service_runs_on_what_the_demo_left(tmp_path: Path) 
         *(sys.executable, "-m", "foldbus", "demo", "--limit", "60", "--directory", "demo"),
         cwd=tmp_path,
         env=environment(tmp_path),
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
     )
-    assert await demo.wait() == 0
+    said, _ = await demo.communicate()
+    assert demo.returncode == 0, said.decode()[-3000:]
     worker = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "foldbus", "run", "reviews:app", "--quiet"),
         *("--store", "sqlite:demo", "--bus", "embedded:demo"),

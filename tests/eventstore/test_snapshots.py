@@ -54,7 +54,6 @@ RICH = Order(
         (dict[str, int], {}, {"ä": -1}),
         (tuple[int, str], (0, ""), (1, "\x00")),
     ],
-    ids=str,
 )
 def test_states_come_back_as_they_were(annotation: Any, initial: Any, state: Any) -> None:
     codec = StateCodec(annotation, initial=initial, version=1)
@@ -153,7 +152,7 @@ def test_a_snapshot_is_due_after_so_many_events_or_a_slow_load(
     assert policy.due(events=events, load_s=load_s) is due
 
 
-@pytest.mark.parametrize("options", [{"every": 0}, {"load_ms": -1}], ids=str)
+@pytest.mark.parametrize("options", [{"every": 0}, {"load_ms": -1}])
 def test_a_policy_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="wanted"):
         Snapshots(**options)
@@ -181,7 +180,6 @@ class Holder:
         ([], False), ({}, False), (set[int](), False), (Opaque(), False), (Plain(), False), (Open(), False),
         ((1, list[int]()), False), (Holder([1]), False), (Loose(found={"a": 1}), False), (RICH, False),
     ],
-    ids=repr,
 )  # fmt: skip
 def test_a_value_is_what_nobody_can_change_in_place(state: Any, value: bool) -> None:
     assert is_value(state) is value

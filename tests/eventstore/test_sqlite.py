@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from bus.errors import Fenced
 from bus.metrics import MemoryMetrics
-from eventstore.errors import EventStoreError, SchemaMismatch, StoreUnavailable
+from eventstore.errors import BadUnit, EventStoreError, SchemaMismatch, StoreUnavailable
 from eventstore.port import Store, Unit, Verdict
 from eventstore.sqlite import InlineExecutor, SqliteStore
 from tests.eventstore.stores import (
@@ -229,7 +229,7 @@ async def test_a_caller_whose_values_the_database_refuses_fails_alone(path: Path
         units = [poisoned if n == 5 else unit(str(n)) for n in range(12)]
         answers = await asyncio.gather(*(store.commit([one]) for one in units), return_exceptions=True)
         assert metrics.total("foldbus_store_transactions_total") <= 2
-        assert isinstance(answers[5], sqlite3.Error)
+        assert isinstance(answers[5], BadUnit)
         assert [verdicts(answer) for n, answer in enumerate(answers) if n != 5] == [["ok"]] * 11
         assert await version(store, "p") == 0
         positions = [record.position or 0 for record in await whole_log(store)]

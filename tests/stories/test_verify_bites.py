@@ -162,7 +162,8 @@ def an_order_started_two_sagas(home: Path) -> None:
         ).fetchone()
         (top,) = connection.execute("SELECT max(position) FROM foldbus_events").fetchone()
         connection.execute(
-            "INSERT INTO foldbus_streams SELECT ?, category, 'another', version FROM foldbus_streams WHERE number = ?",
+            "INSERT INTO foldbus_streams (number, category, id, version) "
+            "SELECT ?, category, 'another', version FROM foldbus_streams WHERE number = ?",
             (top + 1, stream),
         )
         connection.execute(
