@@ -133,7 +133,7 @@ async def _read_log(connection: Connection) -> int:
 
 
 def peak_mib() -> float:
-    """The most that this program ever held. (`getrusage` counts what the process was before it became this one, too.)"""
+    """The most that this program ever held. (`getrusage` also counts what the process was before it became this.)"""
     status = Path("/proc/self/status")
     if status.exists():
         (held,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
