@@ -144,8 +144,8 @@ class Effects(Protocol):
         ...
 
     async def commit(self, token: int, unit: Unit) -> Outcome:
-        """`Store.commit` of one unit whose claim was begun with `token`. STARTED when it is somebody else's by now, else
-        what became of it; nothing is written unless it is COMMITTED."""
+        """`Store.commit` of one unit whose claim was begun with `token`. STARTED when it is somebody else's by now,
+        else what became of it; nothing is written unless it is COMMITTED."""
         ...
 
 
