@@ -7,6 +7,7 @@ it is opened: a process does not pay for the drivers of the others.
 | `postgresql://user@host/database` | one schema per service in that database |
 | `embedded:DIR` | topics in one SQLite file in that directory, one machine |
 | `kafka://host:port,host:port` | a Kafka cluster |
+| `kafka://user:password@host:port?ssl_cafile=ca.pem` | the same by TLS and SCRAM; all names in `bus/kafka/options.py` |
 
 `DIR` is a path as the shell writes it: `sqlite:/var/lib/shop` or `sqlite:data`. `sqlite:///DIR` is refused, because
 some tools read it as `/DIR` and others as `DIR`; `sqlite:////DIR` is `/DIR` to all of them.
@@ -14,17 +15,18 @@ some tools read it as `/DIR` and others as `DIR`; `sqlite:////DIR` is `/DIR` to 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from bus.errors import FoldbusError
 from bus.metrics import Metrics
 from bus.seams import Clock, Ids
 from bus.transport import PollSettings, Transport
 from eventstore.port import Store
+from foldbus.plaintext import of_bus, of_store, refuse, say
 from foldbus.unreachable import naming_bus, naming_store
 
 DEFAULT_STORE = "sqlite:.foldbus"
@@ -69,10 +71,12 @@ class StoreUrl:
 
 @dataclass(frozen=True, slots=True)
 class BusUrl:
-    """A parsed bus URL: the directory of an embedded one, the brokers of Kafka."""
+    """A parsed bus URL: the directory of an embedded one, the brokers of Kafka and how they are reached (which may hold
+    a password and is never logged)."""
 
     scheme: str
     text: str
+    extra: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
 
     @classmethod
     def parse(cls, url: str) -> BusUrl:
@@ -80,10 +84,11 @@ class BusUrl:
         if scheme == "embedded":
             return cls("embedded", str(directory_of(url)))
         if scheme == "kafka":
-            brokers = rest.removeprefix("//").rstrip("/")
+            where, _, query = rest.removeprefix("//").partition("?")
+            login, _, brokers = where.rstrip("/").rpartition("@")
             for broker in brokers.split(","):
                 _check_host("bus", f"kafka://{broker}", wanted=_KAFKA)
-            return cls("kafka", brokers)
+            return cls("kafka", brokers, _extra(query, login))
         raise BadUrl(f"bus URL starts with {scheme!r}; wanted embedded:DIRECTORY or {_KAFKA}")
 
     @property
@@ -95,6 +100,16 @@ class BusUrl:
     def directory(self) -> Path:
         """Of an embedded one."""
         return Path(self.text)
+
+
+def refuse_plaintext(store: StoreUrl, bus: BusUrl, extra: Mapping[str, str]) -> None:
+    """Raises PlaintextLink when one of the two links may be read on its way. `extra`: as of `PollSettings`."""
+    refuse(
+        (
+            None if store.embedded else of_store(store.text),
+            None if bus.embedded else of_bus(bus.text, {**extra, **bus.extra}),
+        )
+    )
 
 
 async def migrate_store(url: str, service: str) -> None:
@@ -131,6 +146,8 @@ async def open_store(
 ) -> AsyncGenerator[Store]:
     """`migrate` None: an embedded store is upgraded as it is opened, a PostgreSQL one refuses an old schema."""
     parsed = StoreUrl.parse(url)
+    if not parsed.embedded:
+        say(of_store(parsed.text), metrics)
     if migrate or (migrate is None and parsed.embedded):
         await migrate_store(url, service)
     if parsed.embedded:
@@ -153,7 +170,8 @@ async def open_store(
 async def open_transport(
     url: str, *, clock: Clock, metrics: Metrics, settings: PollSettings | None = None, client_id: str = "foldbus"
 ) -> AsyncGenerator[Transport]:
-    """Opens the transport that `url` names; `settings` None takes what fits it."""
+    """Opens the transport that `url` names; `settings` None takes what fits it. What the URL says of the link goes
+    before `settings.extra`."""
     parsed = BusUrl.parse(url)
     if parsed.embedded:
         from bus.embedded import EmbeddedTransport
@@ -168,12 +186,15 @@ async def open_transport(
     else:
         from bus.kafka import KafkaTransport
 
+        settings = settings or PollSettings()
+        settings = replace(settings, extra={**settings.extra, **parsed.extra})
+        say(of_bus(parsed.text, settings.extra), metrics)
         async with AsyncExitStack() as stack:
             with naming_bus(without_password(url)):
                 kafka = await stack.enter_async_context(
                     KafkaTransport.open(
                         parsed.text,
-                        settings=settings or PollSettings(),
+                        settings=settings,
                         client_id=client_id,
                         clock=clock,
                         metrics=metrics,
@@ -216,6 +237,20 @@ def directory_of(url: str) -> Path:
     if not rest:
         raise BadUrl(f"{url!r} names no directory; wanted for example {scheme}:.foldbus")
     return Path(rest)
+
+
+def _extra(query: str, login: str) -> dict[str, str]:
+    """Of a Kafka URL; the names themselves are checked where they are used."""
+    try:
+        found = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+    except ValueError:
+        raise BadUrl(f"bus URL has something behind its ? that is no name=value&name=value; wanted {_KAFKA}") from None
+    user, colon, password = login.partition(":")
+    if user:
+        found["sasl_plain_username"] = unquote(user)
+    if colon:
+        found["sasl_plain_password"] = unquote(password)
+    return found
 
 
 def _check_host(what: str, url: str, *, wanted: str) -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import errno
 import socket
+import ssl
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from urllib.parse import unquote, urlsplit
 
 from bus.errors import TransportUnavailable
+from bus.links import LinkRefused, found_in
 from eventstore.errors import StoreUnavailable
 
 _STORE = "correct the store's URL (--store, FOLDBUS_STORE)"
@@ -29,9 +31,11 @@ def naming_store(url: str, shown: str) -> Generator[None]:
 
 @contextmanager
 def naming_bus(shown: str) -> Generator[None]:
-    """Around the opening of Kafka: its TransportUnavailable comes out telling of `shown`."""
+    """Around the opening of Kafka: its TransportUnavailable comes out telling of `shown`, its LinkRefused as well."""
     try:
         yield
+    except LinkRefused as error:
+        raise LinkRefused(f"Kafka at {shown}: {error}; or {_BUS}") from error
     except TransportUnavailable as error:
         # aiokafka's own word for it names nothing but the address once more.
         why = "" if type(error.__cause__).__name__ == "KafkaConnectionError" else f" ({error})"
@@ -53,6 +57,11 @@ def _of_postgresql(url: str, error: BaseException) -> str:
         return f"has no database {name!r}: {said}; make it (`createdb {name}`), or {_STORE}"
     if code:
         return f"answers, but does not do it: {said}"
+    for found in causes:
+        if isinstance(found, ssl.SSLError):
+            return f"cannot be trusted: {found_in(found, trust='sslrootcert')}; or {_STORE}"
+        if type(found) is ConnectionError and "sslmode" in where.query:  # what the driver raises in its own name
+            return f"speaks no TLS, and its URL wants it ({found}); set sslmode to what it has, or {_STORE}"
     return f"cannot be reached: {_of_network(last)}; start it, or {_STORE}"
 
 

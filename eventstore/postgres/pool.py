@@ -29,14 +29,25 @@ _IDLE_IN_TRANSACTION_MS = 60_000
 _CLOSE_S = 5.0
 
 
+_FOR_SQLALCHEMY = ("prepared_statement_cache_size", "prepared_statement_name_func")
+
+
 def url(dsn: str) -> URL:
-    """`postgresql://…` for SQLAlchemy with asyncpg."""
-    return make_url(dsn).set(drivername="postgresql+asyncpg")
+    """`postgresql://…` for SQLAlchemy with asyncpg: without what the driver alone understands (`sslmode` and the like),
+    which goes to it by `driver_arguments`."""
+    whole = make_url(dsn).set(drivername="postgresql+asyncpg")
+    return whole.difference_update_query([name for name in whole.query if name not in _FOR_SQLALCHEMY])
 
 
 def driver_dsn(dsn: str) -> str:
-    """The same for asyncpg itself."""
-    return make_url(dsn).set(drivername="postgresql").render_as_string(hide_password=False)
+    """The same for asyncpg itself, which reads `sslmode`, `sslrootcert` and so on as libpq does."""
+    whole = make_url(dsn).set(drivername="postgresql").difference_update_query(_FOR_SQLALCHEMY)
+    return whole.render_as_string(hide_password=False)
+
+
+def driver_arguments(dsn: str) -> dict[str, Any]:
+    """What SQLAlchemy is to hand on to the driver, so that both see the same URL."""
+    return {"dsn": driver_dsn(dsn)}
 
 
 def make_engine(dsn: str, *, service: str, pool_size: int, timeout_s: float) -> AsyncEngine:
@@ -48,6 +59,7 @@ def make_engine(dsn: str, *, service: str, pool_size: int, timeout_s: float) -> 
         # The level belongs to the reader's reasoning (0001_floor_lock.sql), whatever the server's default is.
         isolation_level="READ COMMITTED",
         connect_args={
+            **driver_arguments(dsn),
             "timeout": timeout_s,
             "server_settings": {
                 "application_name": f"foldbus {service}",
