@@ -15,11 +15,11 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
 
-from bus.cloudevents import from_record
 from bus.envelope import Envelope, Position
-from bus.errors import BadInput, MissingTopics, Undecodable
+from bus.errors import BadInput, MissingTopics
 from bus.messages import Event
 from bus.metrics import MemoryMetrics, Metrics
+from bus.records import RecordReader, TopicRule
 from bus.registry import Registry
 from bus.seams import Clock, SystemClock
 from bus.transport import Consumer, Delivery, Headers, Transport
@@ -116,8 +116,18 @@ class TopicFeed:
     skipped; elsewhere, and for other producers, the offset alone decides.
     """
 
-    def __init__(self, transport: Transport, topic: str, wanted: Wanted, *, clock: Clock, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        topic: str,
+        wanted: Wanted,
+        *,
+        clock: Clock,
+        metrics: Metrics,
+        rules: Mapping[str, TopicRule] | None = None,
+    ) -> None:
         self.topic = topic
+        self._read = RecordReader(transport.max_bytes, rules or {})
         self.sources = frozenset({topic})
         self._transport, self._wanted, self._clock, self._metrics = transport, wanted, clock, metrics
         self._owner = topic.removesuffix(".events") if topic.endswith(".events") else None
@@ -170,7 +180,7 @@ class TopicFeed:
         beyond = replace(place, offset=delivery.offset + 1)
         after = beyond
         taken: Envelope | BadInput | None = None
-        if type_name is None:  # structured mode, or no event at all
+        if type_name is None or delivery.value is None:  # structured mode, a delete, or no event at all
             try:
                 taken = self._read(delivery)
             except BadInput as error:
@@ -190,12 +200,6 @@ class TopicFeed:
             except BadInput as error:
                 return error, beyond  # what it says of its position counts no more than the rest of it
         return taken, after
-
-    def _read(self, delivery: Delivery) -> Envelope:
-        limit = self._transport.max_bytes
-        if delivery.value is not None and len(delivery.value) > limit:
-            raise Undecodable(f"a record of {delivery.size} bytes on {delivery.topic}; wanted at most {limit}")
-        return from_record(delivery)
 
     async def _seek(self, places: dict[int, Place]) -> Consumer:
         """The open reader, if `places` follow from its last page; else a new one. Fills in partitions that have no
@@ -356,9 +360,10 @@ async def open_feed(
     registry: Registry,
     clock: Clock,
     metrics: Metrics,
+    rules: Mapping[str, TopicRule] | None = None,
 ) -> AsyncGenerator[Feed]:
     """The feed of everything that `projection` reads in `service`. `transport` may be None when that is the own log
-    alone. Raises BadProjection."""
+    alone; `rules` are how records of some topics are read. Raises BadProjection."""
     async with AsyncExitStack() as stack:
         parts: list[Feed] = []
         for source, events in projection.sources(service).items():
@@ -367,7 +372,7 @@ async def open_feed(
                 parts.append(LogFeed(store, wanted))
                 continue
             assert transport is not None, f"projection {projection.name!r} reads {source} and needs a transport"
-            topic = TopicFeed(transport, source, wanted, clock=clock, metrics=metrics)
+            topic = TopicFeed(transport, source, wanted, clock=clock, metrics=metrics, rules=rules)
             parts.append(await stack.enter_async_context(topic))
         if len(parts) == 1:
             yield parts[0]
