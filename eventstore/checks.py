@@ -65,6 +65,24 @@ def check_units(units: Sequence[Unit], watermarks: Sequence[Watermark] = ()) -> 
             raise BadUnit(f"watermark of {mark.topic!r}[{mark.partition}]: {fault}; nothing was written")
 
 
+def check_name(what: str, name: str) -> None:
+    """Raises BadUnit."""
+    if (fault := _name_fault(what, name)) is not None:
+        raise BadUnit(f"{fault}; nothing was written")
+
+
+def check_text(what: str, text: str) -> None:
+    """Raises BadUnit."""
+    if (fault := _unfit(text)) is not None:
+        raise BadUnit(f"{what}: {fault}; nothing was written")
+
+
+def check_envelope(envelope: Envelope) -> None:
+    """Raises BadUnit."""
+    if (fault := _envelope_fault(envelope)) is not None:
+        raise BadUnit(f"{fault}; nothing was written")
+
+
 def _size(units: Sequence[Unit]) -> int:
     size = 0
     for unit in units:

@@ -3,7 +3,8 @@
 The first line names format, service, epoch, head and how many lines of each section come; then the sections, each row a
 line, each section in the order of its key; the last line has the number of lines and the SHA-256 of all bytes before
 it. Positions are kept, with their gaps: checkpoints, tokens and consumers elsewhere go on as if nothing had happened.
-Not in the file: who leads at the moment, and projections' rows and checkpoints, which are rebuilt from log and topics.
+Not in the file: who leads at the moment, or has the head of a parked key in hand, and projections' rows and
+checkpoints, which are rebuilt from log and topics.
 
 Instants are microseconds since 1970, ids hexadecimal. Bytes that are UTF-8 stand as text, others as base64 under the
 column's name with `64`. A column that is null is left out. `meta`, `reply`, `envelope` and `details` are JSON in text,
@@ -59,13 +60,15 @@ class BadExport(EventStoreError):
 @dataclass(frozen=True, slots=True)
 class Section:
     """One kind of line. `key` are the first columns to sort by. `grows`: its rows are only added to, or the header says
-    that they changed, so an export that was broken off goes on in the middle of it."""
+    that they changed, so an export that was broken off goes on in the middle of it. `later`: older exports say
+    nothing of it."""
 
     name: str
     columns: tuple[str, ...]
     key: int = 1
     blobs: frozenset[str] = frozenset()
     grows: bool = False
+    later: bool = False
 
 
 _MESSAGE = ("id", "type", "key", "topic", "time", "data", "meta")
@@ -95,18 +98,28 @@ SECTIONS: tuple[Section, ...] = (
     Section("dead_letter", ("consumer", "id", "failed_at", "key", "value", "details"), 2, frozenset({"key", "value"})),
     Section("watermark", ("group", "topic", "partition", "offset"), 3),
     Section("lease", ("name", "token", "position")),
+    Section("parked_key", ("consumer", "key", "since", "due_at", "token"), 2, later=True),
+    Section(
+        "parked",
+        ("number", "consumer", "key", "message_id", "parked_at", "envelope", "data", "details", "record_key",
+         "record_value", "failure"),
+        1, frozenset({"data", "record_key", "record_value"}), later=True,
+    ),
+    Section("effect", ("consumer", "message_id", "token", "lease_until"), 2, later=True),
 )  # fmt: skip
 BY_NAME: Mapping[str, Section] = {section.name: section for section in SECTIONS}
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a store held at one moment. `head` is the highest position drawn."""
+    """What a store held at one moment. `head` is the highest position drawn, `number` the highest of a parked message:
+    by it, an export that goes on knows that claims have changed."""
 
     service: str
     epoch: int
     head: int
     counts: Mapping[str, int]
+    number: int = 0
 
     @property
     def lines(self) -> int:
@@ -114,7 +127,8 @@ class Header:
 
     def line(self) -> bytes:
         counts = {section.name: self.counts[section.name] for section in SECTIONS}
-        return to_json({"foldbus": FORMAT, "service": self.service, "epoch": self.epoch, "head": self.head} | counts)
+        place = {"foldbus": FORMAT, "service": self.service, "epoch": self.epoch, "head": self.head}
+        return to_json({**place, "number": self.number, **counts})
 
     @classmethod
     def parse(cls, line: bytes) -> Header:
@@ -123,8 +137,12 @@ class Header:
         if found.get("foldbus") != FORMAT:
             raise BadExport(f"the first line says format {found.get('foldbus')!r}; this code reads {FORMAT}")
         try:
-            counts = {section.name: int(found[section.name]) for section in SECTIONS}
-            return cls(str(found["service"]), int(found["epoch"]), int(found["head"]), counts)
+            counts = {
+                section.name: int(found.get(section.name, 0) if section.later else found[section.name])
+                for section in SECTIONS
+            }
+            number = int(found.get("number", 0))  # older exports say nothing of it
+            return cls(str(found["service"]), int(found["epoch"]), int(found["head"]), counts, number)
         except (KeyError, TypeError, ValueError) as error:
             raise BadExport(f"the first line is no header of format {FORMAT}: {error!r}") from error
 

@@ -71,7 +71,8 @@ class ParkedKey:
 class Parking(Protocol):
     async def park(self, consumer: str, message: Waiting, why: Failure, *, due_at: datetime | None) -> Standing:
         """Puts a failed message to the end of its key's queue, which begins with it if there is none; `due_at` counts
-        only then. Its claim becomes PARKED, also one that was STARTED (which it remembers).
+        only then. Its claim becomes PARKED, also one that was STARTED (which it remembers). A message without a
+        delivery came from a timer, which is taken away.
 
         Answers what stands at the end: PARKED, now or since before; DONE, DEAD or CANCELLED when somebody dealt with it
         meanwhile, and nothing was written. A second call changes nothing."""
@@ -80,7 +81,7 @@ class Parking(Protocol):
     async def follow(self, consumer: str, messages: Sequence[Waiting]) -> Sequence[Standing]:
         """Puts each message, in order, to the end of its key's queue; one transaction. PARKED: it is there, now or
         since before. NEW: its key is not parked any more, nothing was written, it may be handled. DONE, DEAD, CANCELLED
-        or STARTED: so its claim stands, nothing was written."""
+        or STARTED: so its claim stands, nothing was written; one that was STARTED joins when its lease is over."""
         ...
 
     async def due(self, *, consumers: Collection[str], limit: int, lease_s: float) -> Sequence[Parked]:
@@ -88,14 +89,25 @@ class Parking(Protocol):
         `lease_s`."""
         ...
 
-    async def next_due(self) -> datetime | None:
-        """When the earliest head comes up, hidden ones at the end of their lease; None: nothing is parked but held."""
+    async def next_due(self, *, consumers: Collection[str] | None = None) -> datetime | None:
+        """When the earliest head (of these consumers, or any) comes up, hidden ones at the end of their lease; None:
+        nothing is parked but held."""
         ...
 
-    async def commit(self, parked: Parked, unit: Unit, *, tx: Tx | None = None) -> Outcome:
+    async def seize(self, consumer: str, key: str, *, lease_s: float) -> Parked | None:
+        """The key's head for somebody who decides about it, as from `due`, be it due, held, or somebody else's turn:
+        theirs is over. One that was held stays so. None: it is not parked."""
+        ...
+
+    async def commit(
+        self, parked: Parked, unit: Unit, *, tx: Tx | None = None, instead: Waiting | None = None
+    ) -> Outcome:
         """`Store.commit` of one unit whose claim is that of a head from `due`, and in the same transaction the message
         leaves its queue: the next one is due at once, after the last one the key is free. The unit may give it up
         (claim DEAD, with its letter).
+
+        `instead`: a new message of this key takes its place and its number, as if it had just joined, and is due at
+        once; its claim is PARKED. CONFLICT when there is a claim of its id.
 
         Whatever is not COMMITTED changes nothing: CONFLICT as ever; DUPLICATE or CANCELLED when its claim says so;
         PARKED when it is somebody else's turn (the token), or the message is not its key's head."""
@@ -106,10 +118,11 @@ class Parking(Protocol):
         nothing changed."""
         ...
 
-    async def cancel(self, consumer: str, step: UUID, unit: Unit) -> Outcome:
+    async def cancel(self, consumer: str, step: UUID, unit: Unit, *, tx: Tx | None = None) -> Outcome:
         """An undo whose step is parked: commits `unit`, whose claim fences the step with CANCEL, and takes the step out
-        of its queue, CANCELLED. The unit's own key may be parked: it passes the queue. CONFLICT when the step is not
-        parked any more; then nothing changed."""
+        of its queue, CANCELLED. The unit's own key may be parked: it passes the queue, also when it is in that already.
+        CONFLICT when the step is not parked any more, DUPLICATE or CANCELLED when the unit's own claim says so; then
+        nothing changed."""
         ...
 
     async def keys(
@@ -123,19 +136,26 @@ class Parking(Protocol):
         ...
 
     async def wake(self, consumer: str, key: str) -> bool:
-        """Its head is due now, held or not, and nobody else's turn. False: it is not parked."""
+        """Its head is due now, held or not, and it is nobody's turn any more. False: it is not parked."""
         ...
 
 
 class Effects(Protocol):
     """Claims of handlers that call the outside world: what was begun and may have happened."""
 
-    async def begin(self, consumer: str, message_id: UUID, key: str, *, lease_s: float) -> Standing:
+    async def begin(
+        self, consumer: str, message_id: UUID, key: str, *, lease_s: float, parked: Parked | None = None
+    ) -> Standing:
         """Records that somebody is at it, and for how long at most. NEW: it is the caller's now; `Standing.token` is
         what `commit` and `release` ask for, `Standing.started` whether an earlier attempt may have happened.
 
-        STARTED: it is somebody else's until the lease ends. KEY_PARKED: its key is parked, `follow` it. PARKED, DONE
-        (with the stored reply), DEAD, CANCELLED: so it stands. Nothing was written in these cases."""
+        With `parked`, a head whose turn it is, it is recorded beside its claim, which stays PARKED, and
+        `Parking.commit` ends it; PARKED when it is somebody else's turn. (STARTED as ever: whose turn it was before may
+        be at it still. `Parking.park` ends the lease of what it parks.)
+
+        STARTED: it is somebody else's until the lease ends. KEY_PARKED: its key is parked, `follow` it (begun before or
+        not). PARKED, DONE (with the stored reply), DEAD, CANCELLED: so it stands. Nothing was written in these
+        cases."""
         ...
 
     async def release(self, consumer: str, message_id: UUID, token: int) -> None:
@@ -144,8 +164,9 @@ class Effects(Protocol):
         ...
 
     async def commit(self, token: int, unit: Unit) -> Outcome:
-        """`Store.commit` of one unit whose claim was begun with `token`. STARTED when it is somebody else's by now,
-        else what became of it; nothing is written unless it is COMMITTED."""
+        """`Store.commit` of one unit whose claim was begun with `token`, also when its key was parked since. STARTED
+        when it is somebody else's by now, or anybody's, else what became of it; nothing is written unless it is
+        COMMITTED. What was DONE is remembered as started no more."""
         ...
 
 

@@ -2,8 +2,9 @@
 
 Promises that both adapters keep and `tests/eventstore/test_store_conformance.py` pins, to the last number:
 
-- A unit is written whole or not at all; a unit that loses takes along later units of the same call that share its
-  claim's key (within its consumer) or any stream it touches (appends or asserts), and nobody else.
+- A unit is written whole or not at all; a unit that loses (CONFLICT, PARKED, STARTED) takes along later units of the
+  same call that share its claim's key (within its consumer) or any stream it touches (appends or asserts), and nobody
+  else.
 - Events and outgoing messages draw positions from one sequence. Within a call positions follow `units`; within a unit
   events come first, in the order of `appends`, then outgoing, then the reply.
 - `read_all` never shows a gap that is filled later, never inverts a stream, is not held up by foreign transactions.
@@ -21,6 +22,8 @@ from uuid import UUID
 
 from bus.envelope import Envelope, Failure, Offset, Position, StreamId, Token, Version
 from bus.quick import quick
+from eventstore.flow import Flow, Inbox
+from eventstore.parking import Effects, Parking
 
 if TYPE_CHECKING:  # half a second of imports that most processes never need
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -36,7 +39,8 @@ ExpectedVersion = Version | Any_
 
 
 class ClaimState(StrEnum):
-    """What became of a message id. STARTED, PARKED and KEY_PARKED are reserved for effects and parking."""
+    """What became of a message id. STARTED: a handler that calls the outside world is at it, or was. PARKED: it waits
+    in its key's queue in the database. KEY_PARKED: nothing is known of it, but its key is parked."""
 
     NEW = "new"
     DONE = "done"
@@ -77,10 +81,13 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Answer to "what became of this id?". `reply` is the stored one, its token included."""
+    """Answer to "what became of this id?". `reply` is the stored one, its token included. `started`: what its handler
+    calls outside may have happened, also where it is PARKED or DEAD by now. `token`: see `Effects.begin`."""
 
     state: ClaimState
     reply: Envelope | None = None
+    started: bool = False
+    token: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +181,9 @@ class Outcome:
     of each stream it appended to. DUPLICATE: the claim was taken before, `reply` is what is stored with it. An append
     without a claim that repeats event ids at an explicit expected version is COMMITTED again with its first result.
     CONFLICT: `stream`, `expected` and `actual` name the first mismatch (None when it was a fence, or when an earlier
-    unit of the call was lost); of an archived stream `actual` is minus its version. CANCELLED: the claim was cancelled
-    by an undo.
+    unit of the call was lost, be it as PARKED or STARTED); of an archived stream `actual` is minus its version.
+    CANCELLED: the claim was cancelled by an undo. PARKED: the message waits in its key's queue, or its key is parked
+    (see `eventstore/parking.py`). STARTED: an effect's handler is at it.
     """
 
     verdict: Verdict
@@ -360,11 +368,7 @@ class Store(Protocol):
         ...
 
     async def examine(self, consumer: str, ids: Sequence[tuple[UUID, str]]) -> Sequence[Standing]:
-        """What became of each (message id, key); NEW when nothing is known."""
-        ...
-
-    async def begin_effect(self, claim: Claim, *, lease_s: float) -> Standing:
-        """Reserved for effect handlers: records the claim as STARTED. Raises NotImplementedError until then."""
+        """What became of each (message id, key); NEW when nothing is known, KEY_PARKED when its key is parked."""
         ...
 
     async def commit(
@@ -379,17 +383,14 @@ class Store(Protocol):
         """
         ...
 
-    async def park(self, consumer: str, envelope: Envelope, why: Failure) -> Outcome:
-        """Reserved for parking. Raises NotImplementedError until then."""
-        ...
-
     def transaction(self) -> AbstractAsyncContextManager[Tx]:
         """A transaction with `tx.sql`, an SQLAlchemy connection; committed when the context ends without an error."""
         ...
 
-    async def take(self, tx: Tx, consumer: str, message_id: UUID) -> Standing:
+    async def take(self, tx: Tx, consumer: str, message_id: UUID, *, key: str | None = None) -> Standing:
         """First statement of a transaction that will commit a unit with this claim: waits for whoever else is at the
-        same message, keeps others waiting until `tx` ends, and answers what is known of it then."""
+        same message, keeps others waiting until `tx` ends, and answers what is known of it then; KEY_PARKED only when
+        `key` is given."""
         ...
 
     def committed(self) -> None:
@@ -463,6 +464,18 @@ class Store(Protocol):
 
     @property
     def letters(self) -> Letters: ...
+
+    @property
+    def parking(self) -> Parking: ...
+
+    @property
+    def effects(self) -> Effects: ...
+
+    @property
+    def flow(self) -> Flow: ...
+
+    @property
+    def inbox(self) -> Inbox: ...
 
 
 class Snapshots(Protocol):

@@ -108,10 +108,10 @@ def check_unit(settlement: Settlement, unit: Unit | None) -> None:
 
 
 def judged(settlement: Settlement, claim: ClaimState) -> Settling:
-    """Of a letter that is open, by its claim."""
+    """Of a letter that is open, by its claim. One that is parked or begun is in somebody's hands already."""
     if settlement.how not in GOES_ON or claim in (ClaimState.NEW, ClaimState.DEAD):
         return Settling.SETTLED
-    return Settling.HANDLED if claim is ClaimState.DONE else Settling.CANCELLED
+    return Settling.CANCELLED if claim is ClaimState.CANCELLED else Settling.HANDLED
 
 
 def letter_of(row: Sequence[Any], instant: Callable[[Any], datetime], id: Callable[[Any], UUID]) -> Letter:

@@ -31,6 +31,9 @@ RELATIONS: Mapping[str, str] = {
     "se": "number, consumer, id, failed_at, settled_as",
     "wm": "of_group, topic, part, next",
     "lg": "epoch, head",
+    "pk": "consumer, key, token, held, hidden",  # parked keys; hidden: it does not come up by itself, 1 or 0
+    "pa": "number, consumer, key, message",
+    "ef": "consumer, message, token",
 }
 
 _ALL = "(select * from ev union all select * from ar)"
@@ -100,7 +103,8 @@ CHECKS: Mapping[str, str] = {
                || case when c.reply = 1 then ' with a reply' else ' without a reply' end
                || case when c.effect = 1 then ', with effect' when c.effect = 0 then ', without effect' else '' end
           from cl c
-         where c.state not in ('done', 'dead', 'cancelled') or (c.state = 'cancelled' and c.reply = 1)
+         where c.state not in ('done', 'dead', 'cancelled', 'parked', 'started')
+            or (c.state in ('cancelled', 'parked', 'started') and c.reply = 1)
             or (c.effect = 1 and c.state <> 'done') or (c.effect = 0 and c.state = 'done' and c.reply = 0)""",
     "replies are consistent": """
         select r.consumer || ' ' || r.message || ': a reply without a claim' from re r where r.claimed = 0
@@ -115,6 +119,35 @@ CHECKS: Mapping[str, str] = {
         select s.consumer || ' ' || s.id || ': settled as ' || s.settled_as || ' (number ' || s.number || ')'
           from se s where s.number < 1
             or s.settled_as not in ('redriven', 'replaced', 'discarded', 'handled', 'folded')""",
+    "parked messages and their claims belong together": """
+        select p.consumer || ' ' || p.message || ': in the queue of ' || p.key || ', its claim is '
+               || coalesce(c.state, 'not there')
+          from pa p left join cl c on c.consumer = p.consumer and c.message = p.message
+         where c.state is null or c.state <> 'parked'
+        union all
+        select c.consumer || ' ' || c.message || ': its claim is parked, it is in no queue'
+          from cl c left join pa p on p.consumer = c.consumer and p.message = c.message
+         where c.state = 'parked' and p.number is null""",
+    "parked keys and their queues belong together": """
+        select p.consumer || ' ' || p.message || ': in the queue of ' || p.key || ', which is not parked'
+          from pa p left join pk k on k.consumer = p.consumer and k.key = p.key where k.token is null
+        union all
+        select k.consumer || ' ' || k.key || ': parked, its queue is empty'
+          from pk k where not exists (select 1 from pa p where p.consumer = k.consumer and p.key = k.key)
+        union all
+        select k.consumer || ' ' || k.key || ': token ' || k.token
+               || case when k.held = 1 then ', held' else ', due' end
+               || case when k.hidden = 1 then ', does not come up' else ', comes up' end
+          from pk k where k.token < 0 or k.held <> k.hidden""",
+    "effects and their claims belong together": """
+        select c.consumer || ' ' || c.message || ': begun, and nobody knows by whom'
+          from cl c left join ef e on e.consumer = c.consumer and e.message = c.message
+         where c.state = 'started' and e.token is null
+        union all
+        select e.consumer || ' ' || e.message || ': token ' || e.token || ', its claim is '
+               || coalesce(c.state, 'not there')
+          from ef e left join cl c on c.consumer = e.consumer and c.message = e.message
+         where e.token < 1 or c.state = 'done'""",
     "checkpoints are not ahead": """
         select l.name || ': at ' || l.position || ' with token ' || l.token || ', the log ends at ' || lg.head
           from le l, lg where l.position > lg.head or l.position < 0 or l.token < 1""",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from typing import TypeAlias
 from uuid import UUID
 
@@ -67,6 +68,13 @@ _SELECT: Mapping[str, str] = {
     'where ("group" collate "C", topic collate "C", partition) > ($1, $2, $3) '
     'order by "group" collate "C", topic collate "C", partition',
     "lease": 'select name, token, position from {schema}.leases where name collate "C" > $1 order by name collate "C"',
+    "parked_key": "select consumer, key, since, due_at, token from {schema}.parked_keys "
+    "where (consumer, key) > ($1, $2) order by consumer, key",
+    "parked": "select p.number, p.consumer, k.key, p.message_id, p.parked_at, p.document, p.data, p.details, "
+    "p.record_key, p.record_value, p.failure from {schema}.parked p left join {schema}.parked_keys k "
+    "using (consumer, digest) where p.number > $1 order by p.number",
+    "effect": "select consumer, message_id, token, lease_until from {schema}.effects "
+    + _CONSUMED.replace("{id}", "message_id"),
 }
 TABLES: Mapping[str, str] = {
     "event": "events",
@@ -80,6 +88,9 @@ TABLES: Mapping[str, str] = {
     "dead_letter": "dead_letters",
     "watermark": "watermarks",
     "lease": "leases",
+    "parked_key": "parked_keys",
+    "parked": "parked",
+    "effect": "effects",
 }
 _NO_ID = UUID(int=0)
 _BEGIN: Mapping[str, Row] = {
@@ -87,6 +98,8 @@ _BEGIN: Mapping[str, Row] = {
     "archived": (-1,),
     "outgoing": (-1,),
     "settled_letter": (-1,),
+    "parked": (-1,),
+    "parked_key": ("", ""),
     "stream": ("", ""),
     "snapshot": ("", ""),
     "watermark": ("", "", -(2**31)),
@@ -107,6 +120,12 @@ _COPY: Mapping[str, tuple[str, ...]] = {
     "dead_letter": ("consumer", "id", "failed_at", "key", "value", "document"),
     "watermark": ("group", "topic", "partition", "offset"),
     "lease": ("name", "token", "position", "until"),
+    "parked_key": ("consumer", "key", "since", "due_at", "token", "digest", "show_at"),
+    "parked": (
+        "number", "consumer", "digest", "message_id", "parked_at", "document", "data", "details", "record_key",
+        "record_value", "failure",
+    ),
+    "effect": ("consumer", "message_id", "token", "lease_until"),
 }  # fmt: skip
 _REPLIES = ("consumer", "message_id", "document", "data", "last_event", "last_public")
 
@@ -120,7 +139,8 @@ RELATIONS: Mapping[str, str] = {
     "ou": "select position from {schema}.outgoing",
     "le": "select name, token, position from {schema}.leases",
     "cl": f"""select c.consumer, c.message_id::text as message,
-        case c.state when 1 then 'done' when 2 then 'dead' when 3 then 'cancelled' else 'in state ' || c.state end
+        case c.state when 1 then 'done' when 2 then 'dead' when 3 then 'cancelled' when 4 then 'parked'
+            when 5 then 'started' else 'in state ' || c.state end
         || case when c.effect <> {_OK} then ' (another effect)' else '' end as state,
         c.effect::int as effect, (r.document is not null)::int as reply
         from {{schema}}.claims c left join {{schema}}.replies r using (consumer, message_id)""",
@@ -131,6 +151,11 @@ RELATIONS: Mapping[str, str] = {
     "se": "select number, consumer, id::text as id, failed_at, settled_as from {schema}.settled_letters",
     "wm": 'select "group" as of_group, topic, partition as part, "offset" as next from {schema}.watermarks',
     "lg": "select l.epoch, (select last_value from {schema}.position) as head from {schema}.log l",
+    "pk": "select consumer, key, token, (due_at is null)::int as held, (show_at is null)::int as hidden "
+    "from {schema}.parked_keys where digest = sha256(convert_to(key, 'UTF8'))",
+    "pa": """select p.number, p.consumer, coalesce(k.key, encode(p.digest, 'hex')) as key, p.message_id::text as message
+        from {schema}.parked p left join {schema}.parked_keys k using (consumer, digest)""",
+    "ef": "select consumer, message_id::text as message, token from {schema}.effects",
 }
 """See `eventstore/verify.py`."""
 _WITH = "with " + ", ".join(f"{name} as ({sql})" for name, sql in RELATIONS.items())
@@ -149,13 +174,16 @@ class PostgresSource:
         epoch = await self._db.fetchval(f"select epoch from {self._schema}.log")
         # Not of the transaction's moment, but never below anything in it.
         head = await self._db.fetchval(f"select last_value from {self._schema}.position")
-        return Header(self._service, epoch, head, counts)
+        number = await self._db.fetchval(
+            f"select case when is_called then last_value else 0 end from {self._schema}.parked_number_seq"
+        )
+        return Header(self._service, epoch, head, counts, number)
 
     async def rows(self, section: Section, *, after: Row | None) -> AsyncIterator[Sequence[Row]]:
         name = section.name
         key = _BEGIN.get(name, ("", None)) if after is None else after
         sql = _SELECT[name].replace("{schema}", self._schema)
-        if name in ("claim", "timer", "dead_letter"):
+        if name in ("claim", "timer", "dead_letter", "effect"):
             if after is None:  # no id is below the first
                 sql, key = sql.replace("> ($1, $2)", ">= ($1, $2)"), ("", _NO_ID)
             else:
@@ -224,6 +252,9 @@ class PostgresTarget:
             await self._db.execute(f"update {name}.log set epoch = $1", header.epoch)
             # At once: whatever is written beside this draws behind what is to come, and is found in the end.
             await self._db.execute("select setval($1::regclass, $2)", f"{name}.position", header.head)
+            # Of nothing drawn yet, the first to be drawn is 1.
+            numbers = (f"{name}.parked_number_seq", max(header.number, 1), header.number > 0)
+            await self._db.execute("select setval($1::regclass, $2, $3)", *numbers)
         return filled
 
     async def write(self, section: Section, rows: Sequence[Row], filled: Filled) -> None:
@@ -341,6 +372,9 @@ _AS_EXPORTED: Mapping[str, Convert] = {
     "dead_letter": _with_id(_instants_at(2)),
     "watermark": _as_it_is,
     "lease": _as_it_is,
+    "parked_key": _instants_at(2, 3),
+    "parked": _with_id(_instants_at(4), at=3),
+    "effect": _with_id(_instants_at(3)),
 }
 
 
@@ -373,7 +407,8 @@ def _stored_instants(*places: int) -> Convert:
     def convert(row: Row) -> Row:
         found = list(row)
         for place in places:
-            found[place] = rows.instant(found[place])
+            if found[place] is not None:
+                found[place] = rows.instant(found[place])
         return tuple(found)
 
     return convert
@@ -390,6 +425,16 @@ def _stored_lease(row: Row) -> Row:
     return (*row, rows.instant(0))
 
 
+def _stored_parked_key(row: Row) -> Row:
+    found = _stored_instants(2, 3)(row)
+    return (*found, sha256(row[1].encode()).digest(), found[3])
+
+
+def _stored_parked(row: Row) -> Row:
+    number, consumer, key, *rest = _stored_with_id(_stored_instants(4), at=3)(row)
+    return (number, consumer, sha256(key.encode()).digest(), *rest)
+
+
 _AS_STORED: Mapping[str, Convert] = {
     "event": _stored_event,
     "archived": _stored_event,
@@ -402,6 +447,9 @@ _AS_STORED: Mapping[str, Convert] = {
     "dead_letter": _stored_with_id(_stored_instants(2)),
     "watermark": _as_it_is,
     "lease": _stored_lease,
+    "parked_key": _stored_parked_key,
+    "parked": _stored_parked,
+    "effect": _stored_with_id(_stored_instants(3)),
 }
 
 

@@ -24,7 +24,7 @@ from eventstore.upgrading import Look, Migration, State
 
 Driver: TypeAlias = "asyncpg.Connection[asyncpg.Record]"  # generic in its type stubs only
 
-HEAD = "0009"
+HEAD = "0011"
 """The migration that this code works with."""
 
 MIGRATIONS = Path(__file__).with_name("migrations")

@@ -21,7 +21,7 @@ import asyncpg
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from bus.envelope import Envelope, Failure, Offset, Position, StreamId, Version
+from bus.envelope import Envelope, Offset, Position, StreamId, Version
 from bus.metrics import MemoryMetrics, Metrics
 from bus.seams import Clock, Ids, SystemClock
 from bus.tasks import ended
@@ -49,14 +49,18 @@ from eventstore.port import (
 from eventstore.postgres import feed, schema
 from eventstore.postgres.archive import PostgresArchive
 from eventstore.postgres.coalescer import FLUSHERS, Asked, Coalescer, LocksHeld
+from eventstore.postgres.effects import PostgresEffects
 from eventstore.postgres.errors import DRIVER_ERRORS, Trouble, kind, translated
+from eventstore.postgres.flow import PostgresFlow, PostgresInbox
 from eventstore.postgres.leases import PostgresLeases
 from eventstore.postgres.letters import PostgresLetters
+from eventstore.postgres.parking import PostgresParking
 from eventstore.postgres.pool import Pool, driver_dsn, make_engine
 from eventstore.postgres.reading import PostgresReading, with_token
 from eventstore.postgres.snapshots import PostgresSnapshots
 from eventstore.postgres.timers import PostgresTimers
 from eventstore.postgres.units import ARGUMENTS, LEAN_ARGUMENTS, STATES, Call
+from eventstore.queued import Lost
 
 log = logging.getLogger("foldbus.eventstore")
 
@@ -105,14 +109,18 @@ class PostgresStore:
         self.timers = PostgresTimers(self._rows, self.schema, clock)
         self.snapshots = PostgresSnapshots(self._rows, self.schema)
         self.archive = PostgresArchive(self.connection, self.schema)
+        self.flow = PostgresFlow(self._rows, self.schema)
+        self.inbox = PostgresInbox(self._rows, self.schema)
         self.letters = PostgresLetters(
             self._rows,
             self.connection,
-            lambda db, unit: self._call(db, self._rows_of([unit], ())),
+            self._commit_unit,
             self._retried,
             self._wakeups.committed,
             self.schema,
         )
+        held = (self._rows, self.examine, self._commit_unit, self._undoably, self.schema)
+        self.parking, self.effects = PostgresParking(*held), PostgresEffects(*held)
         self._reading = PostgresReading(self._rows, self._rows_below, self.schema, self._watermark)
         # A flush that is slow lends its place, but others than `commit` want connections too.
         self._coalescer = Coalescer(
@@ -278,7 +286,7 @@ class PostgresStore:
             if outcome.verdict is Verdict.DUPLICATE and unit.claim is not None:
                 asked.setdefault(unit.claim.consumer, []).append(nth)
         for consumer, places in asked.items():
-            ids = [cast(Claim, units[nth].claim).message_id for nth in places]
+            ids = [(cast(Claim, units[nth].claim).message_id, None) for nth in places]
             for nth, standing in zip(places, await self._examine(db, consumer, ids), strict=True):
                 outcomes[nth] = replace(outcomes[nth], reply=standing.reply)
 
@@ -288,13 +296,13 @@ class PostgresStore:
             tx.wrote = True
         return outcomes
 
-    async def take(self, tx: Tx, consumer: str, message_id: UUID) -> Standing:
+    async def take(self, tx: Tx, consumer: str, message_id: UUID, *, key: str | None = None) -> Standing:
         async def take(db: Driver) -> Standing:
             # Two numbers: a key space apart from the floor lock's. A collision makes somebody wait, no more.
             lock = "select pg_advisory_xact_lock(hashtext($1), hashtext($2))"
             await db.execute(lock, consumer, message_id.hex, timeout=self._timeout_s)
             # A statement, and so a snapshot, of its own: it sees what the one waited for has committed.
-            (standing,) = await self._examine(db, consumer, [message_id])
+            (standing,) = await self._examine(db, consumer, [(message_id, key)])
             return standing
 
         return await self._within(tx, take, doing="take a message")
@@ -347,11 +355,47 @@ class PostgresStore:
             raise BadUnit(f"the database cannot hold a watermark: {trouble.error}") from trouble.error
         raise BadUnit("; ".join(bad) + "; the other units were committed alone") from trouble.error
 
-    async def begin_effect(self, claim: Claim, *, lease_s: float) -> Standing:
-        raise NotImplementedError("effect handlers are reserved")
+    async def _undoably(
+        self, work: Callable[[Driver], Awaitable[Outcome]], *, doing: str, tx: Tx | None = None
+    ) -> Outcome:
+        """See `eventstore/postgres/parking.py`."""
 
-    async def park(self, consumer: str, envelope: Envelope, why: Failure) -> Outcome:
-        raise NotImplementedError("parking is reserved")
+        async def apart() -> Outcome:
+            async with self.connection() as db:
+                try:
+                    async with db.transaction():
+                        return await work(db)
+                except Lost as lost:
+                    return lost.outcome
+
+        async def within(db: Driver) -> Outcome:
+            await db.execute("savepoint foldbus_undoably")
+            try:
+                outcome = await work(db)
+                # For what the caller commits next in this transaction, a parked key is parked.
+                await db.execute(f"select {self.schema}.let_pass('{{}}')")
+            except Lost as lost:
+                await db.execute("rollback to foldbus_undoably")
+                outcome = lost.outcome
+            await db.execute("release foldbus_undoably")
+            return outcome
+
+        if tx is not None:
+            outcome = await self._within(tx, within, doing=doing)
+            if isinstance(tx, PostgresTx):
+                tx.wrote = True
+            return outcome
+        try:
+            outcome = await self._retried(apart, doing=doing)
+        except _DataTrouble as trouble:
+            raise BadUnit(f"the database cannot hold a value of this unit: {trouble.error}") from trouble.error
+        if outcome.verdict is Verdict.COMMITTED:
+            self._wakeups.committed()
+        return outcome
+
+    async def _commit_unit(self, db: Driver, unit: Unit) -> Outcome:
+        (outcome,) = await self._call(db, self._rows_of([unit], ()))
+        return outcome
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[PostgresTx, None]:
@@ -418,21 +462,25 @@ class PostgresStore:
     async def read_bodies(self, stream: StreamId, *, after: Version, upto: Version) -> Bodies:
         return await self._reading.read_bodies(stream, after=after, upto=upto)
 
-    async def examine(self, consumer: str, ids: Sequence[tuple[UUID, str]]) -> Sequence[Standing]:
+    async def examine(self, consumer: str, ids: Sequence[tuple[UUID, str | None]]) -> Sequence[Standing]:
         async def ask() -> Sequence[Standing]:
             async with self.connection() as db:
-                return await self._examine(db, consumer, [id for id, _ in ids])
+                return await self._examine(db, consumer, ids)
 
         return await self._retried(ask, doing="examine")
 
-    async def _examine(self, db: Driver, consumer: str, ids: Sequence[UUID]) -> list[Standing]:
-        found = await db.fetch(f"select * from {self.schema}.examine($1, $2)", consumer, ids, timeout=self._timeout_s)
+    async def _examine(self, db: Driver, consumer: str, ids: Sequence[tuple[UUID, str | None]]) -> list[Standing]:
+        """Without a key it is not asked whether that is parked."""
+        asked = ([id for id, _ in ids], [key for _, key in ids])
+        sql = f"select * from {self.schema}.examine($1, $2, $3)"
         standings: list[Standing] = []
-        for _, state, document, data, last_event, last_public in found:
+        for _, state, document, data, last_event, last_public, started in await db.fetch(
+            sql, consumer, *asked, timeout=self._timeout_s
+        ):
             reply = None
             if document is not None:
                 reply = with_token(rows.from_document(document, data), last_event, last_public)
-            standings.append(Standing(STATES[state], reply))
+            standings.append(Standing(STATES[state], reply, started))
         return standings
 
     async def read_stream(

@@ -32,7 +32,15 @@ from eventstore.port import (
 
 ARGUMENTS, LEAN_ARGUMENTS = 14, 32
 """How many `commit_calls` and `commit_one` take."""
-STATES = {0: ClaimState.NEW, 1: ClaimState.DONE, 2: ClaimState.DEAD, 3: ClaimState.CANCELLED}
+STATES = {
+    0: ClaimState.NEW,
+    1: ClaimState.DONE,
+    2: ClaimState.DEAD,
+    3: ClaimState.CANCELLED,
+    4: ClaimState.PARKED,
+    5: ClaimState.STARTED,
+    6: ClaimState.KEY_PARKED,
+}
 _STATE_NUMBERS = {state: number for number, state in STATES.items()}
 _FENCES = {None: 0, Fence.EXPECT_DONE: 1, Fence.CANCEL: 2}
 _NO_ROW = (None,) * 7
@@ -275,6 +283,10 @@ class Call:
                     found.append(Outcome(Verdict.DUPLICATE))
                 case 4:
                     found.append(Outcome(Verdict.CANCELLED))
+                case 6:
+                    found.append(Outcome(Verdict.PARKED))
+                case 7:
+                    found.append(Outcome(Verdict.STARTED))
                 case 5:
                     found.append(self._repeated(nth, answer, positions))
                 case _:

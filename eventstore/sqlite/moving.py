@@ -49,6 +49,12 @@ _SELECT: Mapping[str, str] = {
     "watermark": "SELECT consumer_group, topic, partition, next_offset FROM foldbus_watermarks "
     "WHERE (consumer_group, topic, partition)>(?, ?, ?) ORDER BY consumer_group, topic, partition",
     "lease": "SELECT name, token, position FROM foldbus_leases WHERE name>? ORDER BY name",
+    "parked_key": "SELECT consumer, key, since, due_at, token FROM foldbus_parked_keys "
+    "WHERE (consumer, key)>(?, ?) ORDER BY consumer, key",
+    "parked": "SELECT number, consumer, key, message_id, parked_at, envelope, data, details, record_key, record_value"
+    ", failure FROM foldbus_parked WHERE number>? ORDER BY number",
+    "effect": "SELECT consumer, message_id, token, lease_until FROM foldbus_effects "
+    "WHERE (consumer, message_id)>(?, ?) ORDER BY consumer, message_id",
 }
 TABLES: Mapping[str, str] = {
     "event": "foldbus_events",
@@ -62,6 +68,9 @@ TABLES: Mapping[str, str] = {
     "dead_letter": "foldbus_dead_letters",
     "watermark": "foldbus_watermarks",
     "lease": "foldbus_leases",
+    "parked_key": "foldbus_parked_keys",
+    "parked": "foldbus_parked",
+    "effect": "foldbus_effects",
 }
 # Below the first of everything. (An empty text is no name.)
 _BEGIN: Mapping[str, Row] = {
@@ -69,6 +78,7 @@ _BEGIN: Mapping[str, Row] = {
     "archived": (-1,),
     "outgoing": (-1,),
     "settled_letter": (-1,),
+    "parked": (-1,),
     "watermark": ("", "", -(2**63)),
     "lease": ("",),
 }
@@ -80,6 +90,8 @@ _IDS: Mapping[str, int] = {
     "settled_letter": 2,
     "timer": 1,
     "dead_letter": 1,
+    "parked": 3,
+    "effect": 1,
 }
 """Which column is an id: bytes here, hexadecimal outside."""
 
@@ -109,6 +121,11 @@ _INSERT: Mapping[str, str] = {
     "VALUES (?, ?, ?, ?, ?, ?)",
     "watermark": "INSERT INTO foldbus_watermarks (consumer_group, topic, partition, next_offset) VALUES (?, ?, ?, ?)",
     "lease": "INSERT INTO foldbus_leases (name, token, position, until) VALUES (?, ?, ?, 0)",
+    "parked_key": "INSERT INTO foldbus_parked_keys (consumer, key, since, due_at, token, shown_at) "
+    "VALUES (?1, ?2, ?3, ?4, ?5, ?4)",
+    "parked": "INSERT INTO foldbus_parked (number, consumer, key, message_id, parked_at, envelope, data, details, "
+    "record_key, record_value, failure) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    "effect": "INSERT INTO foldbus_effects (consumer, message_id, token, lease_until) VALUES (?, ?, ?, ?)",
 }
 
 
@@ -135,6 +152,9 @@ RELATIONS: Mapping[str, str] = {
     "se": "select number, consumer, lower(hex(id)) as id, failed_at, settled_as from foldbus_settled_letters",
     "wm": 'select consumer_group as of_group, topic, partition as part, next_offset as "next" from foldbus_watermarks',
     "lg": "select epoch, head from foldbus_log",
+    "pk": "select consumer, key, token, due_at is null as held, shown_at is null as hidden from foldbus_parked_keys",
+    "pa": "select number, consumer, key, lower(hex(message_id)) as message from foldbus_parked",
+    "ef": "select consumer, lower(hex(message_id)) as message, token from foldbus_effects",
 }
 """See `eventstore/verify.py`."""
 _WITH = "with " + ", ".join(f"{name} as ({sql})" for name, sql in RELATIONS.items())
@@ -178,7 +198,8 @@ class SqliteSource:
     async def header(self) -> Header:
         def look(connection: sqlite3.Connection) -> Header:
             epoch, head = connection.execute("SELECT epoch, head FROM foldbus_log").fetchone()
-            return Header(self._service, epoch, head, _counts(connection))
+            numbers = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='foldbus_parked'").fetchone()
+            return Header(self._service, epoch, head, _counts(connection), numbers[0] if numbers else 0)
 
         return await self._thread.run(look)
 
@@ -293,6 +314,8 @@ def _begin(connection: sqlite3.Connection, path: Path, header: Header, filled: F
     connection.execute(f"INSERT INTO {IMPORT} VALUES (?, ?)", (filled.lines, filled.digest))
     # At once: whatever is written beside this draws behind what is to come, and is found in the end.
     connection.execute("UPDATE foldbus_log SET epoch=?, head=?", (header.epoch, header.head))
+    connection.execute("DELETE FROM sqlite_sequence WHERE name='foldbus_parked'")
+    connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('foldbus_parked', ?)", (header.number,))
     return filled
 
 

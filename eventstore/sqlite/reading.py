@@ -13,8 +13,8 @@ from eventstore import rows, selecting
 from eventstore.loading import whole
 from eventstore.port import ClaimState, DeadLetter, Page, Slice, Standing, Wanted
 from eventstore.sqlite import snapshots
-from eventstore.sqlite.session import DriverSession, Session
-from eventstore.sqlite.units import claim_rows, stream_rows
+from eventstore.sqlite.session import DriverSession, Session, chunks
+from eventstore.sqlite.units import claim_rows, parked_keys, stream_rows
 
 _STREAM = (
     "SELECT id, type, key, topic, data, time, meta, version, position FROM foldbus_events "
@@ -61,13 +61,42 @@ def load(connection: sqlite3.Connection, wanted: Sequence[Wanted]) -> list[Slice
     return slices
 
 
-def examine(session: Session, consumer: str, ids: Sequence[UUID]) -> list[Standing]:
+def examine(session: Session, consumer: str, ids: Sequence[tuple[UUID, str | None]]) -> list[Standing]:
+    """Without a key it is not asked whether that is parked."""
+    wanted = sorted({id.bytes for id, _ in ids})
+    started = {id for id, _, _ in effect_rows(session, consumer, wanted)}
     known = {
-        id: Standing(state, None if reply is None else rows.from_document(reply, data or b""))
-        for id, state, _, reply, data in claim_rows(session, consumer, sorted({id.bytes for id in ids}))
+        id: Standing(state, None if reply is None else rows.from_document(reply, data or b""), id in started)
+        for id, state, _, reply, data in claim_rows(session, consumer, wanted)
     }
-    nothing = Standing(ClaimState.NEW)
-    return [known.get(id, nothing) for id in ids]
+    parked = parked_keys(session, [(consumer, key) for id, key in ids if key is not None and id not in known])
+    found: list[Standing] = []
+    for id, key in ids:
+        state = ClaimState.KEY_PARKED if (consumer, key) in parked else ClaimState.NEW
+        found.append(known.get(id) or Standing(state, started=id in started))
+    return found
+
+
+def effect_rows(session: Session, consumer: str, ids: Sequence[bytes]) -> list[tuple[UUID, int, int]]:
+    """Id, token and end of the lease of those that were begun."""
+    ((some,),) = session.rows("SELECT EXISTS (SELECT 1 FROM foldbus_effects)")
+    return [
+        (UUID(bytes=id), token, until)
+        for marks, part in (chunks(ids) if some else ())
+        for id, token, until in session.rows(
+            f"SELECT message_id, token, lease_until FROM foldbus_effects WHERE consumer=? AND message_id IN ({marks})",
+            (consumer, *part),
+        )
+    ]
+
+
+def lease_is_over(session: Session, consumer: str, id: UUID, now: int) -> bool:
+    """Of an effect that was begun: nobody is at it any more."""
+    return all(until <= now for _, _, until in effect_rows(session, consumer, [id.bytes]))
+
+
+def is_parked(session: Session, consumer: str, key: str) -> bool:
+    return bool(parked_keys(session, [(consumer, key)]))
 
 
 def page(connection: sqlite3.Connection, *, after: Position, limit: int, outgoing: bool) -> Page:

@@ -11,13 +11,13 @@ import logging
 import os
 import random
 import sqlite3
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from sqlalchemy import Connection, event
@@ -26,16 +26,17 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.util import await_only
 
-from bus.envelope import Envelope, Failure, Offset, Position, StreamId, Version
+from bus.envelope import Offset, Position, StreamId, Version
 from bus.metrics import MemoryMetrics, Metrics
 from bus.seams import Clock, SystemClock
 from eventstore import rows
 from eventstore.checks import check_units
 from eventstore.errors import CheckpointAhead, EventStoreError
+from eventstore.flow import Flow, Inbox
+from eventstore.parking import Effects, Parking
 from eventstore.port import (
     Archive,
     Bodies,
-    Claim,
     DeadLetter,
     Leases,
     Letters,
@@ -53,20 +54,26 @@ from eventstore.port import (
     Watermark,
     Where,
 )
+from eventstore.queued import Lost
 from eventstore.selecting import check_where
 from eventstore.sqlite import choosing, migrations, reading
 from eventstore.sqlite.archive import SqliteArchive
 from eventstore.sqlite.database import Mergeable, SqliteDatabase
+from eventstore.sqlite.effects import SqliteEffects
 from eventstore.sqlite.faults import is_busy, translated
+from eventstore.sqlite.flow import SqliteFlow, SqliteInbox
 from eventstore.sqlite.leases import SqliteLeases
 from eventstore.sqlite.letters import SqliteLetters
+from eventstore.sqlite.parking import SqliteParking
 from eventstore.sqlite.session import DriverSession, Session, SqlalchemySession
 from eventstore.sqlite.snapshots import SqliteSnapshots
 from eventstore.sqlite.timers import SqliteTimers
-from eventstore.sqlite.units import Call, Written, commit_calls
+from eventstore.sqlite.units import Call, ParkedKey, Written, commit_calls
 from eventstore.sqlite.watch import Watch
 
 log = logging.getLogger("foldbus.eventstore")
+
+T = TypeVar("T")
 
 _FORGET_AT_ONCE = 5_000
 
@@ -95,11 +102,15 @@ class SqliteStore:
         self._timers = SqliteTimers(database, clock)
         self._snapshots = SqliteSnapshots(database)
         self._archive = SqliteArchive(database, clock)
+        self._flow = SqliteFlow(database, clock)
+        self._inbox = SqliteInbox(database, clock)
         self._letters = SqliteLetters(
             database,
             lambda connection, unit: self.commit_calls(DriverSession(connection), [Call([unit], ())]),
             self._watch.look,
         )
+        self._parking = SqliteParking(database, clock, self._commit_unit, self._undoably)
+        self._effects = SqliteEffects(database, clock, self._commit_unit, self._undoably)
         self._engine: AsyncEngine | None = None
         self._random = random.Random()
 
@@ -156,17 +167,37 @@ class SqliteStore:
             return []
         call = Call(units, watermarks)
         if tx is not None:
-            written = await self._commit_within(tx, call)
+            (written,) = await self._within(tx, lambda session: self.commit_calls(session, [call]))
         else:
             written = await self.database.write(_CommitWork(self, call), together=True)
             self._watch.saw(written.head)
         self._tell(written.outcomes)
         return written.outcomes
 
-    def commit_calls(self, session: Session, calls: Sequence[Call]) -> list[Written]:
+    def commit_calls(
+        self, session: Session, calls: Sequence[Call], *, passing: Collection[ParkedKey] = ()
+    ) -> list[Written]:
         """Within a transaction, in whichever thread holds it."""
         now = rows.micros(self._clock.now())
-        return commit_calls(session, calls, service=self.service, epoch=self.epoch, now=now)
+        return commit_calls(session, calls, service=self.service, epoch=self.epoch, now=now, passing=passing)
+
+    def _commit_unit(self, session: Session, unit: Unit, *, passing: Collection[ParkedKey]) -> Written:
+        (written,) = self.commit_calls(session, [Call([unit], ())], passing=passing)
+        return written
+
+    async def _undoably(self, work: Callable[[Session], Written], *, tx: Tx | None = None) -> Outcome:
+        """See `eventstore/sqlite/parking.py`."""
+        try:
+            if tx is not None:
+                written = await self._within(tx, work)
+            else:
+                written = await self.database.write(lambda connection: work(DriverSession(connection)), together=True)
+                self._watch.saw(written.head)
+            outcomes = written.outcomes
+        except Lost as lost:
+            outcomes = [lost.outcome]
+        self._tell(outcomes)
+        return outcomes[0]
 
     def _tell(self, outcomes: Sequence[Outcome]) -> None:
         if len(outcomes) == 1 and outcomes[0].verdict is Verdict.COMMITTED:  # nearly always
@@ -182,14 +213,7 @@ class SqliteStore:
         return await self.database.read(lambda connection: choosing.bodies(connection, stream, after, upto))
 
     async def examine(self, consumer: str, ids: Sequence[tuple[UUID, str]]) -> Sequence[Standing]:
-        wanted = [id for id, _ in ids]
-        return await self.database.read(lambda connection: reading.examine(DriverSession(connection), consumer, wanted))
-
-    async def begin_effect(self, claim: Claim, *, lease_s: float) -> Standing:
-        raise NotImplementedError("effect handlers are reserved: no store records a claim as started yet")
-
-    async def park(self, consumer: str, envelope: Envelope, why: Failure) -> Outcome:
-        raise NotImplementedError("parking is reserved: a message that keeps failing becomes a dead letter")
+        return await self.database.read(lambda connection: reading.examine(DriverSession(connection), consumer, ids))
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -287,6 +311,22 @@ class SqliteStore:
     def letters(self) -> Letters:
         return self._letters
 
+    @property
+    def parking(self) -> Parking:
+        return self._parking
+
+    @property
+    def effects(self) -> Effects:
+        return self._effects
+
+    @property
+    def flow(self) -> Flow:
+        return self._flow
+
+    @property
+    def inbox(self) -> Inbox:
+        return self._inbox
+
     # --- transactions ------------------------------------------------------------------------------------------------
 
     def transaction(self) -> AbstractAsyncContextManager[Tx]:
@@ -314,12 +354,12 @@ class SqliteStore:
                 raise self._fault(error) from error
         self._watch.look()
 
-    async def take(self, tx: Tx, consumer: str, message_id: UUID) -> Standing:
+    async def take(self, tx: Tx, consumer: str, message_id: UUID, *, key: str | None = None) -> Standing:
         """The file's write lock is all the waiting that there is."""
         try:
             await self._make_sure_it_is_open(tx.sql, own=isinstance(tx, SqliteTx))
             (standing,) = await tx.sql.run_sync(
-                lambda connection: reading.examine(SqlalchemySession(connection), consumer, [message_id])
+                lambda connection: reading.examine(SqlalchemySession(connection), consumer, [(message_id, key)])
             )
         except DBAPIError as error:
             raise self._fault(error) from error
@@ -328,15 +368,14 @@ class SqliteStore:
     def committed(self) -> None:
         self._watch.look()
 
-    async def _commit_within(self, tx: Tx, call: Call) -> Written:
+    async def _within(self, tx: Tx, work: Callable[[Session], T]) -> T:
+        """In a user's transaction, of which an exception leaves what was there before."""
         connection = tx.sql
         try:
             await self._make_sure_it_is_open(connection, own=isinstance(tx, SqliteTx))
             await connection.exec_driver_sql("SAVEPOINT foldbus_commit")
             try:
-                (written,) = await connection.run_sync(
-                    lambda connection: self.commit_calls(SqlalchemySession(connection), [call])
-                )
+                result = await connection.run_sync(lambda connection: work(SqlalchemySession(connection)))
             except BaseException:
                 # A full disk has undone all of it already; so has a cancellation, which takes the connection along.
                 with contextlib.suppress(SQLAlchemyError):
@@ -346,7 +385,7 @@ class SqliteStore:
             await connection.exec_driver_sql("RELEASE foldbus_commit")
         except DBAPIError as error:
             raise self._fault(error) from error
-        return written
+        return result
 
     async def _make_sure_it_is_open(self, connection: AsyncConnection, *, own: bool) -> None:
         """A transaction that is not there would make every statement a commit of its own."""

@@ -5,22 +5,23 @@ in this order:
 
 1. Its claim is known, stored or from an earlier unit of the call: done or dead answers DUPLICATE with the stored
    reply, cancelled answers CANCELLED. Such a unit drags nobody along: whether what follows it still fits is a matter of
-   versions.
-2. It follows a loser: an earlier unit of the call answered CONFLICT and has the same claim's key (within its consumer)
-   or touches a stream (appends or asserts) that this one touches. It answers CONFLICT, and is a loser itself.
-3. Its fence does not hold: CONFLICT, a loser.
-4. A version, first of `appends`, then of `asserts`, is not the expected one: CONFLICT, a loser. Versions are those
+   versions. Parked answers PARKED, started STARTED, and it is a loser.
+2. Its claim is new and its key is parked: PARKED, a loser.
+3. It follows a loser: an earlier unit of the call was one and has the same claim's key (within its consumer) or touches
+   a stream (appends or asserts) that this one touches. It answers CONFLICT, and is a loser itself.
+4. Its fence does not hold: CONFLICT, a loser.
+5. A version, first of `appends`, then of `asserts`, is not the expected one: CONFLICT, a loser. Versions are those
    before the unit, after all earlier units that were written.
-5. Otherwise it is written.
+6. Otherwise it is written.
 
-Where 2 or 4 would lose a unit without a claim whose events are all stored already (same ids, at the explicit expected
+Where 3 or 5 would lose a unit without a claim whose events are all stored already (same ids, at the explicit expected
 versions), it is COMMITTED with its first result and writes nothing.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -47,6 +48,8 @@ from eventstore.port import (
 from eventstore.sqlite.session import Session, chunks
 
 ClaimKey = tuple[str, UUID]
+ParkedKey = tuple[str, str]
+"""Consumer and key."""
 
 _CLAIM = "INSERT INTO foldbus_claims VALUES (?,?,?,?,?,?,?,?)"
 _CANCEL_CLAIM = (
@@ -110,11 +113,20 @@ class Call:
     watermarks: Sequence[Watermark]
 
 
-def commit_calls(session: Session, calls: Sequence[Call], *, service: str, epoch: int, now: int) -> list[Written]:
+def commit_calls(
+    session: Session,
+    calls: Sequence[Call],
+    *,
+    service: str,
+    epoch: int,
+    now: int,
+    passing: Collection[ParkedKey] = (),
+) -> list[Written]:
     """Each call as if it came alone, one after the other, for the price of one. Within a transaction that holds the
-    file's write lock. Units are checked; `now` is in microseconds. An exception leaves the transaction to be undone."""
+    file's write lock. Units are checked; `now` is in microseconds; keys that are `passing` count as not parked. An
+    exception leaves the transaction to be undone."""
     units = calls[0].units if len(calls) == 1 else [unit for call in calls for unit in call.units]
-    commit = _Commit(session, units, service=service, epoch=epoch, now=now)
+    commit = _Commit(session, units, service=service, epoch=epoch, now=now, passing=passing)
     outcomes: list[list[Outcome]] = []
     for call in calls:
         commit.forget_losers()
@@ -127,10 +139,21 @@ def commit_calls(session: Session, calls: Sequence[Call], *, service: str, epoch
 
 
 class _Commit:
-    def __init__(self, session: Session, units: Sequence[Unit], *, service: str, epoch: int, now: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        units: Sequence[Unit],
+        *,
+        service: str,
+        epoch: int,
+        now: int,
+        passing: Collection[ParkedKey],
+    ) -> None:
         self._session = session
         self._service, self._epoch, self._now = service, epoch, now
         self._claims = _known_claims(session, units)
+        claims = [unit.claim for unit in units if unit.claim is not None]
+        self._parked = parked_keys(session, [(claim.consumer, claim.key) for claim in claims]).difference(passing)
         self._streams = _known_streams(session, units)
         ((self._head_before,),) = session.rows("SELECT head FROM foldbus_log")
         self.head: Position = self._head_before
@@ -157,7 +180,9 @@ class _Commit:
         if claim is not None:
             taken = self._claims.get((claim.consumer, claim.message_id))
             if taken is not None:
-                return _answer(taken)
+                return self._lose(unit, _WAITS[taken.state]) if taken.state in _WAITS else _answer(taken)
+            if self._parked and (claim.consumer, claim.key) in self._parked:
+                return self._lose(unit, Verdict.PARKED)
         if (self._lost_keys or self._lost_streams) and self._follows_a_loser(unit):
             return self._repeated(unit) or self._lose(unit)
         if claim is not None and claim.fences is not None and not self._fence_holds(claim, claim.fences):
@@ -184,6 +209,7 @@ class _Commit:
     def _lose(
         self,
         unit: Unit,
+        verdict: Verdict = Verdict.CONFLICT,
         *,
         stream: StreamId | None = None,
         expected: ExpectedVersion | None = None,
@@ -192,7 +218,7 @@ class _Commit:
         if unit.claim is not None:
             self._lost_keys.add((unit.claim.consumer, unit.claim.key))
         self._lost_streams.update(_touched(unit))
-        return Outcome(Verdict.CONFLICT, stream=stream, expected=expected, actual=actual)
+        return Outcome(verdict, stream=stream, expected=expected, actual=actual)
 
     def _fence_holds(self, claim: Claim, step: UUID) -> bool:
         taken = self._claims.get((claim.consumer, step))
@@ -374,16 +400,13 @@ class _Commit:
             run("UPDATE foldbus_log SET head=?", [(self.head,)])
 
 
+_WAITS = {ClaimState.PARKED: Verdict.PARKED, ClaimState.STARTED: Verdict.STARTED}
+
+
 def _answer(taken: _Taken) -> Outcome:
-    match taken.state:
-        case ClaimState.CANCELLED:
-            return Outcome(Verdict.CANCELLED)
-        case ClaimState.STARTED:
-            return Outcome(Verdict.STARTED)
-        case ClaimState.PARKED | ClaimState.KEY_PARKED:
-            return Outcome(Verdict.PARKED)
-        case ClaimState.DONE | ClaimState.DEAD | ClaimState.NEW:
-            return Outcome(Verdict.DUPLICATE, reply=taken.answer())
+    if taken.state is ClaimState.CANCELLED:
+        return Outcome(Verdict.CANCELLED)
+    return Outcome(Verdict.DUPLICATE, reply=taken.answer())
 
 
 def _touched(unit: Unit) -> Iterable[StreamId]:
@@ -417,6 +440,22 @@ def claim_rows(
             (consumer, *part),
         ):
             yield UUID(bytes=id), ClaimState(state), None if outcome is None else ReplyOutcome(outcome), reply, data
+
+
+def parked_keys(session: Session, keys: Iterable[ParkedKey]) -> set[ParkedKey]:
+    """Those of `keys` that are parked."""
+    ((some,),) = session.rows("SELECT EXISTS (SELECT 1 FROM foldbus_parked_keys)")
+    asked: dict[str, set[str]] = {}
+    for consumer, key in keys if some else ():
+        asked.setdefault(consumer, set()).add(key)
+    return {
+        (consumer, key)
+        for consumer, names in asked.items()
+        for marks, part in chunks(sorted(names))
+        for (key,) in session.rows(
+            f"SELECT key FROM foldbus_parked_keys WHERE consumer=? AND key IN ({marks})", (consumer, *part)
+        )
+    }
 
 
 def _known_streams(session: Session, units: Sequence[Unit]) -> dict[StreamId, _Stream]:

@@ -14,6 +14,7 @@ from typing import Any
 from uuid import UUID
 
 from eventstore.export import Header, export_to, import_lines
+from eventstore.parking import Waiting
 from eventstore.port import (
     ANY,
     ClaimState,
@@ -30,6 +31,7 @@ from eventstore.postgres import PostgresStore
 from eventstore.postgres import moving as postgres_moving
 from eventstore.sqlite import SqliteStore
 from eventstore.sqlite import moving as sqlite_moving
+from tests.eventstore.parked import failed, waiting
 from tests.eventstore.stores import (
     CONSUMER,
     IDS,
@@ -135,6 +137,33 @@ async def live(store: Any, *, streams: int = 3) -> None:
     await store.forget_outgoing(upto=4)
     await store.snapshots.save([Snapshot(stream("o-1"), 2, "order/1", b"\x00\xff{}", NOON)])
     await settle_one_of_each(store)
+    await park_some(store)
+
+
+async def park_some(store: Any) -> None:
+    """Keys that are due, held and in somebody's hands; effects that are under way, parked, and given up."""
+    long = "k" * 3000
+    begun, parked, dead = (waiting(key) for key in ("begun", long, "dead"))
+    tokens = {}
+    for one in (begun, parked, dead):
+        found = await store.effects.begin(CONSUMER, one.envelope.id, one.envelope.key, lease_s=0)
+        tokens[one.envelope.id] = found.token
+    unit = Unit(claim=claim(dead.envelope.id, "dead", state=ClaimState.DEAD))
+    await store.effects.commit(tokens[dead.envelope.id], unit)
+    await store.parking.park(CONSUMER, parked, failed(3), due_at=NOON)
+    await store.parking.follow(
+        CONSUMER, [waiting(long), Waiting(replace(message(), key=long, data=b"\xff", position=7))]
+    )
+    assert await store.parking.due(consumers=[CONSUMER], limit=1, lease_s=600)
+    held = waiting("held")
+    assert held.delivery is not None
+    odd = replace(held.delivery, key=None, value=b"\x00\xff", headers=(("\udcff", b"\xfe"),))
+    held = replace(held, delivery=odd)
+    await store.parking.park("else", held, replace(failed(1), message="half a pair: \ud800\x00"), due_at=None)
+    gone = waiting("gone")
+    await store.parking.park(CONSUMER, gone, failed(1), due_at=NOON - timedelta(days=3))
+    (turn,) = await store.parking.due(consumers=[CONSUMER], limit=1, lease_s=600)
+    await store.parking.commit(turn, Unit(claim=claim(gone.envelope.id, "gone")))
 
 
 async def settle_one_of_each(store: Any) -> None:

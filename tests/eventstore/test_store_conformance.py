@@ -651,13 +651,6 @@ async def test_a_bad_unit_hurts_only_its_own_caller(store: Store) -> None:
     assert len(await whole_log(store)) == 20
 
 
-async def test_reserved_calls_say_so(store: Store) -> None:
-    with pytest.raises(NotImplementedError, match="reserved"):
-        await store.begin_effect(claim(), lease_s=1)
-    with pytest.raises(NotImplementedError, match="reserved"):
-        await store.park(CONSUMER, message(), dead_letter().failure)
-
-
 async def test_a_cancelled_caller_leaves_a_store_that_works_and_its_unit_whole_or_absent(store: Store) -> None:
     for n in range(20):
         unit = Unit(claim(key=f"k{n}", reply=reply()), appends=(append(f"s-{n}", 0, 2),), outgoing=(message(),))

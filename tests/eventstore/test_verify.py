@@ -149,6 +149,49 @@ DAMAGES: dict[str, dict[str, Any]] = {
         "check": DOCUMENTS,
         "both": ["update {p}settled_letters set {details}='{{'"],
     },
+    "a parked message whose claim was done": {
+        "check": "parked messages and their claims belong together",
+        "sqlite": ["UPDATE foldbus_claims SET state='done' WHERE state='parked'"],
+        "postgres": ["update claims set state=1, effect=true where state=4"],
+    },
+    "a parked message without a claim": {
+        "check": "parked messages and their claims belong together",
+        "sqlite": ["DELETE FROM foldbus_claims WHERE state='parked'"],
+        "postgres": ["delete from claims where state=4"],
+    },
+    "a parked claim in no queue": {
+        "check": "parked messages and their claims belong together",
+        "both": ["delete from {p}parked where number=3"],
+    },
+    "a queue without its key": {
+        "check": "parked keys and their queues belong together",
+        "both": ["delete from {p}parked_keys where key='held'"],
+    },
+    "a key without its queue": {
+        "check": "parked keys and their queues belong together",
+        "both": ["delete from {p}parked where consumer='else'"],
+    },
+    "a key that never comes up": {
+        "check": "parked keys and their queues belong together",
+        "sqlite": ["UPDATE foldbus_parked_keys SET shown_at=NULL"],
+        "postgres": ["update parked_keys set show_at=null"],
+    },
+    "an effect that nobody began": {
+        "check": "effects and their claims belong together",
+        "both": ["delete from {p}effects"],
+    },
+    "an effect of what is done": {
+        "check": "effects and their claims belong together",
+        "sqlite": [
+            "INSERT INTO foldbus_effects SELECT consumer, message_id, 1, 0 FROM foldbus_claims WHERE state='done'"
+        ],
+        "postgres": ["insert into effects select consumer, message_id, 1, now() from claims where state=1 limit 1"],
+    },
+    "a parked message that is none": {
+        "check": DOCUMENTS,
+        "sqlite": ["UPDATE foldbus_parked SET envelope='{' WHERE number=1"],
+        "postgres": ["update parked set document='{' where number=1"],
+    },
     "a relay ahead of the log": {
         "check": "checkpoints are not ahead",
         "both": ["update {p}leases set position=5000"],
