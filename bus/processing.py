@@ -13,23 +13,42 @@ Watermarks = Mapping[tuple[str, int], Offset]
 """Per (topic, partition): everything below is handled."""
 
 
+class Waits(Protocol):
+    """What the engine looks at of a parked message; the rest is its processor's."""
+
+    @property
+    def failure(self) -> Failure | None:
+        """Its last one, with the attempts so far; None: it has not been tried."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Item:
-    """A message on its way through the engine: from a topic (`delivery`) or from a timer (None).
+    """A message on its way through the engine: from a topic (`delivery`) or from a timer (None), or, with `parked`,
+    from its key's queue in the database, whose turn it is: it is tried once, and given up until its next turn.
 
     `attempts` counts failures so far. `examine` is set once a commit answered that something was taken or moved on:
-    then ask what became of the id before deciding again.
+    then ask what became of the id before deciding again. `unreadable`: what it failed with was a BadInput, so that
+    trying it again as it is cannot help.
     """
 
     envelope: Envelope
     delivery: Delivery | None
     attempts: int = 0
     examine: bool = False
+    parked: Waits | None = None
+    unreadable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
     """Handled, or found handled: its offset counts as complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aside(Done):
+    """Not handled, but kept where its key's order is kept: in the key's queue in the database. Its offset counts as
+    complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +86,8 @@ class Processor(Protocol):
         ...
 
     async def give_up(self, item: Item, failure: Failure) -> Result:
-        """Makes a dead letter of it. Again when somebody else took it meanwhile."""
+        """Its attempts are used up. Aside: it is parked, to be tried again later. Done: a dead letter was made of it,
+        or somebody else has dealt with it. Again: look at it once more, something changed meanwhile."""
         ...
 
     async def give_up_raw(self, delivery: Delivery, failure: Failure) -> None:

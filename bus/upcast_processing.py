@@ -12,9 +12,9 @@ from dataclasses import replace
 
 from bus.codec import Codec
 from bus.envelope import Failure
-from bus.errors import BadInput
+from bus.errors import BadInput, UpcastFailed
 from bus.metrics import Metrics
-from bus.processing import Again, Done, Failed, Item, Processor, Result, Watermarks
+from bus.processing import Again, Aside, Done, Failed, Item, Processor, Result, Watermarks
 from bus.transport import Delivery
 
 log = logging.getLogger("foldbus.bus")
@@ -68,17 +68,20 @@ class UpcastProcessor:
         return answers
 
     async def give_up(self, item: Item, failure: Failure) -> Result:
-        """What cannot be upcast goes as it came; of a split one each part goes that is not done."""
+        """What became one message goes as it came, and so does what cannot be upcast; of a split one each part that is
+        not done. What comes behind a part that was parked is given again: it follows that one."""
         try:
             parts = self._parts(item)
         except BadInput:
             parts = []
-        if not parts:
+        if len(parts) <= 1:
             return await self.inner.give_up(item, failure)
         results: list[Result] = []
         for part in parts:
-            stored = replace(item.envelope, id=part.envelope.id)  # the bytes that came, under the part's claim
-            results.append(await self.inner.give_up(replace(item, envelope=stored), failure))
+            result = await self.inner.give_up(part, failure)
+            if isinstance(result, Aside) and part is not parts[-1]:
+                return Again()
+            results.append(result)
         return _worst(results)
 
     async def give_up_raw(self, delivery: Delivery, failure: Failure) -> None:
@@ -103,6 +106,11 @@ class UpcastProcessor:
         if skipped:
             self._metrics.count("foldbus_skipped_total", skipped, group=self.group, type=envelope.type)
             log.debug("%s: %d parts of %s are for others", self.group, skipped, envelope.type)
+        if item.parked is not None and len(named) != 1:
+            # It was parked whole since it could not be read; its place in the queue is one message's.
+            raise UpcastFailed(
+                f"{envelope.type} is parked and became {len(named)} messages; discard it from its queue and redrive it"
+            )
         return [replace(item, envelope=part) for part in named]
 
 
@@ -110,4 +118,8 @@ def _worst(results: Sequence[Result]) -> Result:
     """Done when all are: a failure counts before what merely waits."""
     waits = [result for result in results if isinstance(result, Again)]
     failures = [result for result in results if isinstance(result, Failed)]
-    return failures[0] if failures else max(waits, key=lambda again: again.after_s) if waits else Done()
+    if failures:
+        return failures[0]
+    if waits:
+        return max(waits, key=lambda again: again.after_s)
+    return next((result for result in results if isinstance(result, Aside)), Done())

@@ -20,7 +20,7 @@ from bus.envelope import Envelope, Failure, Kind, StreamId
 from bus.errors import BadInput, BadUpcaster, Undecodable, UnknownVersion, UpcastFailed
 from bus.messages import Command, Event, Key, Message
 from bus.metrics import MemoryMetrics
-from bus.processing import Again, Done, Failed, Item, Result, Watermarks
+from bus.processing import Again, Aside, Done, Failed, Item, Result, Watermarks
 from bus.registry import Registry
 from bus.transport import Delivery
 from bus.upcast_processing import UpcastProcessor
@@ -463,7 +463,36 @@ async def test_of_a_split_event_every_part_is_given_up_under_its_own_id() -> Non
     old = stored(CLOSED, {"order_id": "o1"})
     world.inner.answers[uuid5(old.id, "1")] = Again()
     assert await world.outer.give_up(Item(old, None), failure()) == Again()
-    assert world.inner.given_up == [old, replace(old, id=uuid5(old.id, "1"))]
+    assert [(one.id, one.key, one.type == old.type) for one in world.inner.given_up] == [
+        (old.id, old.key, False),
+        (uuid5(old.id, "1"), old.key, False),
+    ]
+
+
+async def test_what_stands_behind_a_part_that_was_parked_is_given_again() -> None:
+    """It follows that one into the queue, and has not failed itself."""
+    world = World()
+    old = stored(CLOSED, {"order_id": "o1"})
+    world.inner.answers[old.id] = Aside()
+    assert await world.outer.give_up(Item(old, None), failure()) == Again()
+    assert [one.id for one in world.inner.given_up] == [old.id]
+    world.inner.answers = {old.id: Done(), uuid5(old.id, "1"): Aside()}
+    assert await world.outer.give_up(Item(old, None), failure()) == Aside()
+
+
+async def test_an_event_that_was_parked_whole_and_splits_now_is_not_half_handled() -> None:
+    """Its place in the queue is one message's: it is given up, and its letter is redriven as it came."""
+
+    class Parked:
+        failure = None
+
+    world = World()
+    old = stored(CLOSED, {"order_id": "o1"})
+    (result,) = await world.outer.process([Item(old, None, parked=Parked())], {})
+    assert isinstance(result, Failed)
+    assert "discard it from its queue" in str(result.error)
+    plain = stored(OLD_PAID, {"order_id": "o1"})
+    assert await world.outer.process([Item(plain, None, parked=Parked())], {}) == [Done()]
 
 
 async def test_everything_else_is_the_inner_processors() -> None:
