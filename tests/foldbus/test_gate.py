@@ -53,6 +53,8 @@ class Desk:
         except asyncio.CancelledError:
             await self.may_drain.wait()
             self.drained += 1
+            if self.error is not None:
+                raise self.error from None
             raise
         finally:
             self.at_work.clear()
@@ -176,15 +178,20 @@ async def test_closing_lets_a_paused_part_end_and_waits_for_one_that_runs() -> N
     assert (paused.runs, running.drained) == (0, 0)
 
 
-async def test_an_error_of_the_work_comes_out_also_while_it_drains() -> None:
+@pytest.mark.parametrize("draining", [False, True])
+async def test_an_error_of_the_work_comes_out_also_while_it_drains_for_a_pause(draining: bool) -> None:
     desk = Desk()
     part = desk.start()
     await desk.gate.look()
     await until(lambda: desk.runs == 1)
     desk.error = RuntimeError("a bug")
-    desk.stop.set()
+    if draining:
+        desk.pause()
+        await desk.gate.look()
+    else:
+        desk.stop.set()
     with pytest.raises(RuntimeError, match="a bug"):
-        await part
+        await asyncio.wait_for(part, 5)
 
 
 async def test_a_cancelled_part_takes_its_work_along_and_drains_it() -> None:
