@@ -35,11 +35,11 @@ from aiokafka.errors import (
 )
 
 from bus.errors import BusError, MessageTooLarge, MissingTopics, TransportUnavailable
-from bus.kafka import internals
+from bus.kafka import batches, internals
 from bus.kafka.admin import RECORD_OVERHEAD_BYTES, KafkaAdmin
 from bus.kafka.options import compression
 from bus.metrics import Metrics
-from bus.partitioner import partition_of
+from bus.partitioner import hashes_of
 from bus.seams import Clock
 from bus.transport import Ack, Failed, Outgoing, PollSettings, Published, TopicState, Unknown
 
@@ -92,6 +92,7 @@ class Publisher:
         clock: Clock,
         metrics: Metrics,
     ) -> None:
+        self._lz4 = compression(settings) == "lz4"
         self._options: dict[str, Any] = {
             **options,
             "acks": "all",
@@ -99,7 +100,8 @@ class Publisher:
             "linger_ms": 0,
             "max_batch_size": BATCH_BYTES,
             "max_request_size": 64 * 1024 * 1024,
-            "compression_type": compression(settings),
+            # lz4 is ours: see batches.py
+            "compression_type": None if self._lz4 else compression(settings),
         }
         self._settings, self._admin, self._clock, self._metrics = settings, admin, clock, metrics
         self._topics: dict[str, TopicState] = {}
@@ -194,33 +196,37 @@ class Publisher:
     def _sort(
         self, batch: Sequence[Outgoing], results: list[Published | None], trouble: dict[str, Failed | Unknown]
     ) -> dict[tuple[str, int], list[int]]:
+        """Who is too large is found out in `_build`, where sizes are known without counting."""
+        hashes = hashes_of([record.key or b"" for record in batch])
         lanes: dict[tuple[str, int], list[int]] = {}
-        topics = self._topics
+        by_topic: dict[str, dict[int, list[int]]] = {}
+        topic, state, mine = "", None, dict[int, list[int]]()
         for index, record in enumerate(batch):
-            state = topics.get(record.topic)
+            if record.topic != topic:
+                topic = record.topic
+                state, mine = self._topics.get(topic), by_topic.setdefault(topic, {})
             if state is None:
-                results[index] = trouble.get(record.topic) or _not_sent()
+                results[index] = trouble.get(topic) or _not_sent()
                 continue
-            size = _size(record)
-            if size > state.max_bytes:
-                results[index] = Failed(MessageTooLarge(_type_of(record), size=size, limit=state.max_bytes))
-                self._metrics.count("foldbus_publish_failures_total", why="too large")
-                continue
-            partition = record.partition
+            key, partition = record.key, record.partition
             if partition is None:
-                if record.key is not None:
-                    partition = partition_of(record.key, state.partitions)
+                if key is not None:
+                    partition = hashes[index] % state.partitions
                 else:
                     self._keyless += 1
                     partition = self._keyless % state.partitions
-            if not 0 <= partition < state.partitions:
+            elif not 0 <= partition < state.partitions:
                 results[index] = Failed(
-                    BusError(f"topic {record.topic!r} has partitions 0 to {state.partitions - 1}, wanted {partition}")
+                    BusError(f"topic {topic!r} has partitions 0 to {state.partitions - 1}, wanted {partition}")
                 )
-            elif state.compact and record.key is None:
-                results[index] = Failed(BusError(f"topic {record.topic!r} is compacted, wanted a record with a key"))
-            else:
-                lanes.setdefault((record.topic, partition), []).append(index)
+                continue
+            if key is None and state.compact:
+                results[index] = Failed(BusError(f"topic {topic!r} is compacted, wanted a record with a key"))
+                continue
+            lane = mine.get(partition)
+            if lane is None:
+                lane = mine[partition] = lanes[topic, partition] = []
+            lane.append(index)
         return lanes
 
     # --- one partition -----------------------------------------------------------------------------------------------
@@ -252,7 +258,9 @@ class Publisher:
                     return
                 try:
                     builder, count = self._build(producer, topic, [batch[index] for index in todo[:count_max]])
-                except _Malformed as error:
+                except (MessageTooLarge, _Malformed) as error:  # the first one
+                    if isinstance(error, MessageTooLarge):
+                        self._metrics.count("foldbus_publish_failures_total", why="too large")
                     results[todo[0]] = Failed(error)
                     todo = todo[1:]
                     continue
@@ -277,29 +285,36 @@ class Publisher:
             lane.turn.release()
 
     def _build(self, producer: _Producer, topic: str, records: Sequence[Outgoing]) -> tuple[Any, int]:
-        """A batch of as many of these as fit, at least one, and how many they are."""
+        """A batch of as many of these as fit, at least one, and how many they are. Raises _Malformed or MessageTooLarge
+        of the first one; a later one that is neither well-formed nor small enough ends the batch."""
         builder = producer.raw.create_batch()
+        append = batches.appender(builder)
         timestamp = int(self._clock.now().timestamp() * 1000)
         state = self._topics.get(topic)
-        room = RECORD_OVERHEAD_BYTES + (state.max_bytes if state is not None else BATCH_BYTES)
+        limit = BATCH_BYTES if state is None else state.max_bytes
+        room = RECORD_OVERHEAD_BYTES + limit
         narrow = room < BATCH_BYTES  # the topic takes less in one batch than the builder does
         count = 0
         for record in records:
             if narrow and count and builder.size() + _size(record) + 32 + 4 * len(record.headers) > room:
                 break
             try:
-                fits = builder.append(
-                    timestamp=timestamp, key=record.key, value=record.value, headers=list(record.headers)
-                )
+                written = append(count, timestamp, record.key, record.value, list(record.headers))
             except (TypeError, ValueError) as error:  # no bytes, or a header name that is no text
                 if count:
                     return self._build(producer, topic, records[:count])  # the builder may hold half of the bad one
                 raise _Malformed(f"{_type_of(record)} cannot be written as a record: {error}") from error
-            if fits is None:
+            if written is None:
                 break
+            # On the wire it is larger than it counts, so most need not be counted.
+            if written.size > limit and state is not None and (size := _size(record)) > limit:
+                if count:
+                    return self._build(producer, topic, records[:count])
+                raise MessageTooLarge(_type_of(record), size=size, limit=limit)
             count += 1
+        batches.appended(builder, count)
         builder.close()
-        return builder, count
+        return batches.Lz4Batch(builder) if self._lz4 else builder, count
 
     async def _deliver(self, producer: _Producer, builder: Any, topic: str, partition: int, deadline: float) -> int:
         """The offset of the batch's first record. Raises what the broker refused it for; TransportUnavailable when it

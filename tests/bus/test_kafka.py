@@ -23,7 +23,7 @@ from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.consumer.subscription_state import SubscriptionState
 from aiokafka.errors import CorruptRecordException, OutOfOrderSequenceNumber
-from aiokafka.producer.message_accumulator import MessageAccumulator
+from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulator
 from aiokafka.producer.sender import Sender
 from aiokafka.protocol.metadata import MetadataRequest
 
@@ -92,6 +92,12 @@ def test_aiokafka_still_has_inside_what_the_adapter_uses() -> None:
         MessageAccumulator: [
             "self._batches = collections.defaultdict(collections.deque)",
             "self._pending_batches = set()",
+        ],
+        BatchBuilder: [
+            "self._builder = DefaultRecordBatchBuilder(",
+            "self._relative_offset += 1",
+            "def _set_producer_state(",
+            "def _build(self):",
         ],
         AIOKafkaConsumer: [
             "self._coordinator = GroupCoordinator",
