@@ -19,6 +19,7 @@ from aiokafka.errors import IllegalStateError, KafkaError, OffsetOutOfRangeError
 from bus.envelope import Offset
 from bus.errors import BusError, OffsetOutOfRange, TransportUnavailable
 from bus.kafka import internals
+from bus.kafka.unpacking import Unpacking
 from bus.metrics import Metrics
 from bus.seams import Clock
 from bus.transport import Assignment, Delivery
@@ -34,9 +35,9 @@ STOP_TIMEOUT_S = 10.0
 
 
 class UnreadablePartition(TransportUnavailable):
-    """A partition's next records are damaged (a wrong checksum, a header that is no text): nothing is skipped, so this
-    partition stands and is tried again every half minute, and the others go on. It takes somebody to look at the
-    broker's disk, or to set the group's offset past the damage."""
+    """A partition's next records are damaged (a wrong checksum): nothing is skipped, so this partition stands and is
+    tried again every half minute, and the others go on. It takes somebody to look at the broker's disk, or to set the
+    group's offset past the damage."""
 
     def __init__(self, assignment: Assignment, *, position: Offset) -> None:
         super().__init__(
@@ -49,8 +50,11 @@ class UnreadablePartition(TransportUnavailable):
 class Reader:
     """Records of the partitions in `held`, as long as `open`. One caller at a time."""
 
-    def __init__(self, raw: Any, *, timeout_s: float, clock: Clock, metrics: Metrics) -> None:
+    def __init__(self, raw: Any, *, timeout_s: float, clock: Clock, metrics: Metrics, unpacked_bytes_max: int) -> None:
+        """`raw` has not started yet."""
         self.raw = raw
+        self._unpacking = Unpacking(bytes_max=unpacked_bytes_max, metrics=metrics)
+        self._unpacking.watch(raw)
         self.held: dict[TopicPartition, Assignment] = {}
         self.open = False
         self._timeout_s, self._clock, self._metrics = timeout_s, clock, metrics
@@ -59,6 +63,7 @@ class Reader:
         self._paused: set[TopicPartition] = set()
         self._next: dict[TopicPartition, Offset] = {}
         self._unreadable: dict[TopicPartition, float] = {}
+        self._looked_at: tuple[TopicPartition, Offset] | None = None
 
     def hold(self, parts: Collection[Assignment], starts: Mapping[Assignment, Offset]) -> None:
         """Reads these, from there, and nothing else. Raises IllegalStateError when aiokafka holds them no more."""
@@ -67,6 +72,7 @@ class Reader:
         self.held = {_partition(part): part for part in parts}
         self._paused.clear()
         self._unreadable.clear()
+        self._unpacking.closely.clear()
         self._next = {_partition(part): starts[part] for part in parts}
         self.open = True
 
@@ -102,6 +108,8 @@ class Reader:
         if error is None:
             return self._deliveries(fetch.result())
         internals.mend_fetch_count(self.raw)
+        if isinstance(error, UnicodeDecodeError) and self._looks_closely():
+            return []
         raise await self._explained(error) from error
 
     async def settle(self) -> None:
@@ -169,6 +177,7 @@ class Reader:
     def _deliveries(self, fetched: Mapping[TopicPartition, list[Any]]) -> list[Delivery]:
         deliveries: list[Delivery] = []
         add = deliveries.append
+        mark = self._unpacking.mark if self._unpacking.marked else None
         for partition, records in fetched.items():
             part = self.held.get(partition)
             if part is None or not records:
@@ -183,7 +192,10 @@ class Reader:
                     if value is None:
                         headers = tuple([(name, value or b"") for name, value in headers])
                         break
-                add(Delivery(part, record.offset, record.key, record.value, headers, _time(record.timestamp)))
+                flaw = ""
+                if mark is not None and headers and headers[0][0] == mark:
+                    flaw, headers = headers[0][1].decode(), headers[1:]
+                add(Delivery(part, record.offset, record.key, record.value, headers, _time(record.timestamp), flaw))
         return deliveries
 
     async def _explained(self, error: BaseException) -> BusError:
@@ -200,6 +212,18 @@ class Reader:
             self._metrics.count("foldbus_poll_failures_total", why=type(error).__name__)
             return TransportUnavailable(f"reading failed: {error!r}")
         return self._unreadable_at(internals.failed_partition(self.raw), error)
+
+    def _looks_closely(self) -> bool:
+        """A header name that is no UTF-8: what is fetched of that partition is rewritten once (`unpacking.py`), and all
+        others go back to what was delivered of them. False when that was tried at this place."""
+        culprit = internals.failed_partition(self.raw)
+        if culprit is None or culprit not in self.held or self._looked_at == (culprit, self._next[culprit]):
+            return False
+        self._looked_at = (culprit, self._next[culprit])
+        self._unpacking.closely.add(culprit)
+        for partition in self.held:
+            _quietly(self.raw.seek, partition, self._next[partition])
+        return True
 
     def _unreadable_at(self, culprit: TopicPartition | None, error: BaseException) -> BusError:
         """The partition stands, and all others go back to what was delivered of them: what `getmany` had already taken

@@ -15,10 +15,11 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 
 from bus.envelope import Offset
-from bus.errors import MissingTopics
+from bus.errors import MissingTopics, TransportUnavailable
 from bus.kafka.admin import KafkaAdmin
+from bus.kafka.diagnosis import why_refused
 from bus.kafka.member import KafkaMember, KafkaTail
-from bus.kafka.options import client_options, milliseconds, warn_when_slow
+from bus.kafka.options import client_options, milliseconds, unpacked_bytes_max, warn_when_slow
 from bus.kafka.publisher import Publisher
 from bus.kafka.reader import Reader
 from bus.metrics import MemoryMetrics, Metrics
@@ -61,12 +62,12 @@ class KafkaTransport:
         clock: Clock | None = None,
         metrics: Metrics | None = None,
     ) -> AsyncGenerator[KafkaTransport]:
-        """`bootstrap` is `host:port` or several with commas; a `kafka://` before them is left out. `settings.extra`
-        takes aiokafka's `security_protocol`, `sasl_mechanism`, `sasl_plain_username`, `sasl_plain_password`,
-        `ssl_cafile`, `ssl_certfile`, `ssl_keyfile`, `ssl_password`, `compression_type` and `client_rack`.
+        """`bootstrap` is `host:port` or several with commas; a `kafka://` before them is left out. `options.py` lists
+        what `settings.extra` takes.
 
-        Raises TransportUnavailable when no broker answers within the request timeout. Leaving the context is bounded,
-        also when the broker is down; what was not acknowledged by then was answered `Unknown`.
+        Raises TransportUnavailable when no broker answers within the request timeout, and LinkRefused, within twice
+        that, when one answers and it is certificates, logins or protocols that do not fit. Leaving the context is
+        bounded, also when the broker is down; what was not acknowledged by then was answered `Unknown`.
         """
         settings = settings or PollSettings()
         clock = clock or SystemClock()
@@ -76,8 +77,14 @@ class KafkaTransport:
         admin = KafkaAdmin(options, settings)
         publisher = Publisher(options, settings, admin, clock=clock, metrics=metrics)
         try:
-            await admin.start()
-            await publisher.start()
+            try:
+                await admin.start()
+                await publisher.start()
+            except TransportUnavailable as error:
+                refused = await why_refused(options, timeout_s=settings.request_timeout_s)
+                if refused is None:
+                    raise
+                raise refused from error
             yield cls(options, settings, publisher, admin, clock=clock, metrics=metrics)
         finally:
             await publisher.close()
@@ -143,7 +150,13 @@ class KafkaTransport:
             isolation_level="read_committed",
             client_rack=self._settings.extra.get("client_rack"),
         )
-        reader = Reader(raw, timeout_s=self._settings.request_timeout_s, clock=self._clock, metrics=self._metrics)
+        reader = Reader(
+            raw,
+            timeout_s=self._settings.request_timeout_s,
+            clock=self._clock,
+            metrics=self._metrics,
+            unpacked_bytes_max=unpacked_bytes_max(self._settings),
+        )
         try:
             await reader.ask(raw.start(), "reaching the broker")
         except BaseException:

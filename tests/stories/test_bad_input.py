@@ -6,6 +6,7 @@ The story: tills sell, the office of another service books every sale by a saga 
 
 # Without `from __future__ import annotations`: the services are made per test, of classes that only exist in there.
 import asyncio
+import gzip
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -162,7 +163,45 @@ def unreadable(good: Outgoing) -> list[Bad]:
         Bad(replace(keyless, key=None), ("neither a subject nor a record key", "wanted the key")),
         Bad(replace(keyless, key=b"a\x00b"), ("key 'a\\x00b' cannot be used", "without NUL")),
         Bad(replace(good, value=large), (f"a record of {replace_size(good, large)} bytes", "wanted at most 1000000")),
+        *hostile_headers(good),
+        *hostile_keys(keyless),
+        *hostile_structures(good),
     ]  # fmt: skip
+
+
+def hostile_headers(good: Outgoing) -> list[Bad]:
+    """More of them, and more in them, than anybody who meant well would send."""
+    many: Headers = tuple((f"x-{n}", b"") for n in range(1000))
+    return [
+        Bad(replace(good, headers=(*good.headers, *many)), ("found 10", "headers, wanted at most 128")),
+        Bad(replace(good, headers=(*good.headers, ("x", b"x" * 70_000))), ("more than 65536 bytes of headers",)),
+        Bad(replace(good, headers=(*good.headers, ("x" * 70_000, b""))), ("more than 65536 bytes of headers",)),
+        Bad(replace(good, headers=(*good.headers, ("x\x00y", b""))), ("header name 'x\\x00y' holds a NUL",)),
+        Bad(replace(good, headers=(*good.headers, ("x", b"a\x00"))), ("header 'x' holds a NUL", "wanted text")),
+        Bad(changed(good, ce_subject=b"\xed\xa0\x80"), ("header 'ce_subject' holds byte 0xed", "wanted UTF-8")),
+    ]  # fmt: skip
+
+
+def hostile_keys(keyless: Outgoing) -> list[Bad]:
+    return [
+        Bad(replace(keyless, key=b""), ("key '' cannot be used", "wanted 1 to 1024 bytes")),
+        Bad(replace(keyless, key=b"k" * 1_000_000), ("(1000000 characters)' cannot be used", "wanted 1 to 1024 bytes")),
+        Bad(replace(keyless, key=b"\xed\xa0\x80"), ("the record key holds byte 0xed", "wanted UTF-8")),
+        Bad(replace(keyless, key=b"\xff"), ("the record key holds byte 0xff", "wanted UTF-8")),
+    ]
+
+
+def hostile_structures(good: Outgoing) -> list[Bad]:
+    """JSON that costs whoever reads it: structured mode is read by another parser than data."""
+    bombs: list[tuple[bytes, tuple[str, ...]]] = [
+        (b'{"a":' * 100_000, ("the value is no JSON",)),
+        (b'{"specversion": ' + b"9" * 100_000 + b"}", ("the value is no JSON",)),
+        (b'{"specversion": "1.0", "id": "\\ud800"}', ("'id' holds half of a surrogate pair", "wanted text")),
+        (b'{"specversion": "1.0", "x": "' + b"x" * 900_000 + b'"}', ("attribute 'x' is", "wanted a short text")),
+        (b'{"specversion": 1e999}', ("attribute 'specversion' is inf", "wanted a short text")),
+    ]
+    structured = changed(good, **{"content-type": b"application/cloudevents+json"})
+    return [Bad(replace(structured, value=value), says) for value, says in bombs]
 
 
 def unfit(good: Outgoing, kind: bytes) -> list[Bad]:
@@ -176,6 +215,13 @@ def unfit(good: Outgoing, kind: bytes) -> list[Bad]:
         Bad(replace(good, value=b"\xff\xfe"), (kind.decode(), "JSON")),
         Bad(replace(good, value=b"[" * 100_000), (kind.decode(), "JSON")),
         Bad(with_full_headers(good, b'{"till": "no end' + b"x" * 999_900), (service.decode(), "JSON")),
+        Bad(replace(good, value=b""), (kind.decode(), "JSON")),  # an event without data
+        Bad(changed(replace(good, value=gzip.compress(good.value or b"")), **{"content-encoding": b"gzip"}), ("JSON",)),
+        Bad(replace(good, value=b'{"till": "%s", "n": %s}' % (key, b"9" * 10_000)), (kind.decode(), "out of range")),
+        Bad(replace(good, value=b'{"till": "%s", "n": 1e999}' % key), (kind.decode(), "n: ")),
+        Bad(replace(good, value=b'{"till": "%s", "n": 1, "note": "\\ud800"}' % key), (kind.decode(), "JSON")),
+        Bad(replace(good, value=b'{"till": "%s", "n": %s}' % (key, b"[" * 500_000)), (kind.decode(), "JSON")),
+        Bad(replace(good, value=b'{"till": "%s\\u0000", "n": 1}' % key), ("the record's key is", "wanted the same")),
     ]  # fmt: skip
 
 
