@@ -74,6 +74,7 @@ class PostgresInbox:
 
     def __init__(self, fetch: Query, schema: str) -> None:
         self._fetch = fetch
+        # The reply is a scalar subquery: what EXISTS asks may be hashed, which would parse every reply of the consumer.
         # The second look, under the lock, is at the newest version of each row; `skip locked` waits for nobody, and so
         # never meets a commit in another order.
         self._forget = f"""
@@ -86,10 +87,10 @@ class PostgresInbox:
                    and not (p.state = 2 and exists (select from {schema}.dead_letters d
                                                      where d.consumer = $1 and d.id = p.message_id))
                    and (p.taken_at < statement_timestamp() - make_interval(secs => $4)
-                        or p.state <> 3
-                           and not exists (select from {schema}.replies r
-                                            where r.consumer = $1 and r.message_id = p.message_id
-                                              and r.document::json -> 'reply_to' ->> 0 like '%%{REPLIES}'))
+                        or p.state <> 3 and coalesce((select r.document::json -> 'reply_to' ->> 0
+                                                        from {schema}.replies r
+                                                       where r.consumer = $1 and r.message_id = p.message_id), '')
+                                            not like '%%{REPLIES}')
             ), locked as materialized (
                 select c.message_id from {schema}.claims c
                  where c.consumer = $1 and c.state in (1, 2, 3)

@@ -64,7 +64,9 @@ BODY = b'{"customer_id": "c-9", "name": "Ann"}'
 # --- without a value -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("specs", [(), (TopicSpec(TOPIC),), (TopicSpec("legacy.others", compact=True),)])
+@pytest.mark.parametrize(
+    "specs", [(), (TopicSpec(TOPIC),), (TopicSpec("legacy.others", compact=True),), (TopicSpec(TOPIC, keyed=False),)]
+)
 def test_a_record_without_a_value_is_refused_where_nothing_is_declared_compacted(specs: Any) -> None:
     with pytest.raises(Undecodable) as caught:
         reader(*specs)(record())
@@ -138,9 +140,10 @@ def test_an_event_for_deletes_wants_a_topic_and_nothing_but_its_key(make: Callab
 # --- without a key ---------------------------------------------------------------------------------------------------
 
 
-def test_a_record_without_a_key_is_refused_unless_its_topic_is_declared_so() -> None:
+@pytest.mark.parametrize("specs", [(), (COMPACT,)])
+def test_a_record_without_a_key_is_refused_unless_its_topic_is_declared_so(specs: Any) -> None:
     with pytest.raises(Undecodable, match="neither a subject nor a record key"):
-        reader()(record(BODY, CHANGED, key=None))
+        reader(*specs)(record(BODY, CHANGED, key=None))
 
 
 def test_without_keys_the_key_is_the_messages_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Collection, Mapping
 from types import SimpleNamespace
@@ -125,12 +126,14 @@ HALF = TopicState("shop.commands", 1, retention_s=HOUR / 2)
 
 async def test_a_pass_forgets_what_is_old_enough_in_pieces(store: Any, backend: Backend) -> None:
     aged, metrics = Aged(store, backend), MemoryMetrics()
+    kept = [await handled(store, to="orders.replies") for _ in range(4)]  # more than a piece, and before all others
     old = [await handled(store) for _ in range(10)]
     await aged.pass_by(HOUR * 2)
     young = await handled(store)
-    assert await forgetting(store, Topics(HALF), metrics=metrics).once() == 10
-    assert [await aged.state(id) for id in (old[0], old[-1], young)] == [
-        ClaimState.NEW, ClaimState.NEW, ClaimState.DONE,
+    async with asyncio.timeout(20):
+        assert await forgetting(store, Topics(HALF), metrics=metrics).once() == 10
+    assert [await aged.state(id) for id in (old[0], old[-1], young, kept[0], kept[-1])] == [
+        ClaimState.NEW, ClaimState.NEW, ClaimState.DONE, ClaimState.DONE, ClaimState.DONE,
     ]  # fmt: skip
     assert metrics.total("foldbus_claims_forgotten_total", consumer=CONSUMER) == 10
     assert await forgetting(store, Topics(HALF)).once() == 0
@@ -154,8 +157,6 @@ async def test_retention_that_was_raised_while_the_worker_runs_stops_the_forgett
 
 
 async def test_one_worker_at_a_time_forgets_and_another_follows(store: Any, twin: Any, backend: Backend) -> None:
-    import asyncio
-
     aged = Aged(store, backend)
     first, second = forgetting(store, Topics(HALF)), forgetting(twin, Topics(HALF))
     running = asyncio.create_task(first.run())
