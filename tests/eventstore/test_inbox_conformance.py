@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from bus.envelope import ReplyOutcome, ReplyTo
 from eventstore.port import ClaimState, Fence, Settled, Settlement, Store, Unit
+from tests.eventstore.parked import queue_of
 from tests.eventstore.stores import CONSUMER, IDS, NOON, Backend, claim, commit, dead_letter, reply, undo
 
 HOUR = 3600.0
@@ -177,3 +178,15 @@ async def test_the_age_is_by_the_stores_clock_not_by_the_callers(aged: Aged) -> 
     await aged.pass_by(HOUR - 60)
     assert await aged.forget() == 0
     assert await aged.state(id) is ClaimState.DONE
+
+
+async def test_what_is_in_hand_is_never_forgotten(aged: Aged) -> None:
+    """A parked message waits for its turn, an effect that was begun may have happened."""
+    (parked, behind) = await queue_of(aged.store, "o-1", behind=1)
+    begun = IDS.new()
+    await aged.store.effects.begin(CONSUMER, begun, "o-2", lease_s=60)
+    await aged.pass_by(HOUR * 1000)
+    assert await aged.forget(steps_older_than_s=HOUR) == 0
+    assert [await aged.state(id) for id in (parked.envelope.id, behind.envelope.id, begun)] == [
+        ClaimState.PARKED, ClaimState.PARKED, ClaimState.STARTED,
+    ]  # fmt: skip
