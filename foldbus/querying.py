@@ -22,7 +22,7 @@ import typing
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 from uuid import UUID
 
 from pydantic import BaseModel, RootModel, ValidationError
@@ -30,7 +30,7 @@ from pydantic import BaseModel, RootModel, ValidationError
 from bus.codec import check_size, died_reply, expired_reply, explain
 from bus.envelope import Envelope, Failure, Kind, Offset, Origin, Version
 from bus.errors import BadInput, BusError, FoldbusError, MessageTooLarge
-from bus.messages import Query, Refused
+from bus.messages import Message, Query, Refused
 from bus.processing import Done, Item, Result, Watermarks
 from bus.transport import Delivery, TopicSpec
 from eventstore.decider import BadDecider, Decider, parameter_types
@@ -317,11 +317,10 @@ class QueryProcessor:
     def _decoded(self, envelope: Envelope) -> Query[Any]:
         if envelope.kind is not Kind.QUERY:
             raise QueryUnknown(f"a {envelope.kind} arrived on {self.group}; wanted queries")
-        found: Any = self._connection.service.codec.decode(envelope)
-        if not isinstance(found, Query):
+        found = self._connection.service.codec.decode(envelope)
+        if not _is_query(found):
             raise QueryUnknown(f"{envelope.type} is no query")
-        query: Query[Any] = found
-        return query
+        return found
 
     def _expired(self, envelope: Envelope, late_s: float, origin: Origin) -> Envelope | None:
         connection = self._connection
@@ -377,6 +376,10 @@ class _AheadOfAll(Mapping[tuple[str, int], Offset]):
 def queries_topic(service: str, *, partitions: int) -> TopicSpec:
     """`<service>.queries`; declared by services that list query functions."""
     return TopicSpec(f"{service}.queries", partitions, retention_s=RETENTION_S)
+
+
+def _is_query(message: Message) -> TypeGuard[Query[Any]]:
+    return isinstance(message, Query)
 
 
 def _members(annotation: object) -> tuple[object, ...]:

@@ -5,6 +5,8 @@ The same for `Connection.unit()` and for a handler's `ctx`; only the cause that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import datetime
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
@@ -14,7 +16,8 @@ from bus.errors import BadMessageClass
 from bus.messages import Command, Event, Message
 from bus.registry import service_of
 from eventstore.decider import BadDecision, Decider
-from eventstore.port import ANY, Append, ExpectedVersion
+from eventstore.port import ANY, Append, ExpectedVersion, Timer
+from foldbus.scheduling import BadDelay, When, timer_of, when
 
 E = TypeVar("E", bound=Event)
 
@@ -26,20 +29,44 @@ class MakeEnvelope(Protocol):
 class Staging:
     """Nothing here is written before its unit is committed, in the order in which it was staged: events first."""
 
-    def __init__(self, service: str, envelope: MakeEnvelope, *, max_bytes: int) -> None:
-        self._service, self._envelope, self._max_bytes = service, envelope, max_bytes
+    def __init__(
+        self,
+        service: str,
+        envelope: MakeEnvelope,
+        *,
+        max_bytes: int,
+        store_now: Callable[[], datetime] | None = None,
+    ) -> None:
+        """`store_now` is the store's clock (`store.timers.now`); None: nothing can be delayed."""
+        self._service, self._make, self._max_bytes = service, envelope, max_bytes
+        self._store_now = store_now
+        self._delayed: list[tuple[Envelope, When]] = []
         self._appends: dict[StreamId, tuple[ExpectedVersion, list[Envelope]]] = {}
         self._asserts: dict[StreamId, Version] = {}
         self._outgoing: list[Envelope] = []
 
-    def publish(self, event: Event) -> UUID:
-        """Stored with the unit, published after its commit; it enters no stream. Raises MessageTooLarge at once."""
+    def publish(
+        self, event: Event, *, id: UUID | None = None, at: datetime | None = None, delay_s: float | None = None
+    ) -> UUID:
+        """Stored with the unit, published after its commit, or when its time has come; it enters no stream. Raises
+        MessageTooLarge, BadDelay at once."""
         check_kind(event, Event)
-        return self._stage(event, f"{self._service}.events")
+        return self._stage(event, f"{self._service}.events", id, when(at, delay_s))
 
-    def send(self, command: Command[Any], *, id: UUID | None = None) -> UUID:
-        """Stored with the unit, sent after its commit; nobody waits for the answer."""
-        return self._stage(command, f"{check_kind(command, Command)}.commands", id)
+    def send(
+        self,
+        command: Command[Any],
+        *,
+        id: UUID | None = None,
+        at: datetime | None = None,
+        delay_s: float | None = None,
+    ) -> UUID:
+        """Stored with the unit, sent after its commit; nobody waits for the answer.
+
+        With `at` or `delay_s` (counted from when the unit is put together) it is kept and sent then, by a worker of
+        this service: not early by the store's clock, once in effect. `Connection.cancel_delayed(id)` takes it back.
+        """
+        return self._stage(command, f"{check_kind(command, Command)}.commands", id, when(at, delay_s))
 
     def append(self, decider: Decider[Any, Any, E], *events: E, expected: ExpectedVersion = ANY) -> None:
         """Appends to the stream of the events' key; public ones are published too. `expected` is the version that the
@@ -66,7 +93,7 @@ class Staging:
         _, staged = self._appends.setdefault(decider.stream(key), (expected, []))
         for event in events:
             topic = f"{self._service}.events" if type(event).public else None
-            envelope = self._envelope(event, topic=topic)
+            envelope = self._make(event, topic=topic)
             check_size(envelope, self._max_bytes)
             staged.append(envelope)
 
@@ -89,10 +116,29 @@ class Staging:
     def outgoing(self) -> tuple[Envelope, ...]:
         return tuple(self._outgoing)
 
-    def _stage(self, message: Message, topic: str, id: UUID | None = None) -> UUID:
-        envelope = self._envelope(message, topic=topic, id=id)
+    @property
+    def delays(self) -> bool:
+        """Is anything of it delayed?"""
+        return bool(self._delayed)
+
+    @property
+    def timers(self) -> tuple[Timer, ...]:
+        """Of what was delayed."""
+        if not self._delayed:
+            return ()
+        assert self._store_now is not None
+        now = self._store_now()
+        return tuple(timer_of(self._service, envelope, when, now=now) for envelope, when in self._delayed)
+
+    def _stage(self, message: Message, topic: str, id: UUID | None = None, when: When | None = None) -> UUID:
+        if when is not None and self._store_now is None:
+            raise BadDelay("nothing can be delayed here; nothing was staged")
+        envelope = self._make(message, topic=topic, id=id)
         check_size(envelope, self._max_bytes)
-        self._outgoing.append(envelope)
+        if when is None:
+            self._outgoing.append(envelope)
+        else:
+            self._delayed.append((envelope, when))
         return envelope.id
 
 

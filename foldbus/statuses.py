@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from bus.codec import command_type_name, died_error, reply_type_name
 from bus.envelope import Envelope, Kind, ReplyOutcome
 from bus.errors import BadInput
-from bus.messages import Command, Key, Query
+from bus.messages import Command, Key, Message, Query
 from eventstore.port import ClaimState, Standing
 from foldbus.asking import Status
 from foldbus.querying import QueryContext, QueryHandler
@@ -90,8 +90,11 @@ def _status(codec: Codec, state: ClaimState, reply: Envelope, of: type[Command[A
 
 def _command(codec: Codec, reply: Envelope) -> type[Command[Any]] | None:
     try:
-        found: Any = codec.registry.find(command_type_name(reply.type))
+        found = codec.registry.find(command_type_name(reply.type))
     except BadInput:
         return None
-    command: type[Command[Any]] | None = found if issubclass(found, Command) else None
-    return command
+    return found if _is_command(found) else None
+
+
+def _is_command(message: type[Message]) -> TypeGuard[type[Command[Any]]]:
+    return issubclass(message, Command)

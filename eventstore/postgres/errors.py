@@ -38,7 +38,8 @@ _SCHEMA = {"42P01", "42883", "42703", "3F000", "42501"}
 _DATA_CLASSES = {"22", "23", "54"}
 # Connection, resources, operator intervention (shutdown, cancelled query), system errors.
 _UNAVAILABLE_CLASSES = {"08", "53", "57", "58", "XX"}
-_UNAVAILABLE = {"25006", "25P03", "28000", "28P01", "3D000", "55P03"}
+READ_ONLY = "25006"
+_UNAVAILABLE = {READ_ONLY, "25P03", "28000", "28P01", "3D000", "55P03"}
 """Read only (a standby, a failed-over primary), idle timeout, no login, no such database, lock timeout."""
 
 
@@ -49,6 +50,12 @@ def original(error: BaseException) -> BaseException:
     if isinstance(error, AsyncAdapt_asyncpg_dbapi.Error):
         return error.__cause__ or error
     return error
+
+
+def code_of(error: BaseException) -> str | None:
+    """The SQLSTATE, where the database gave one."""
+    code = getattr(original(error), "sqlstate", None)
+    return code if isinstance(code, str) else None
 
 
 def kind(error: BaseException) -> Trouble:

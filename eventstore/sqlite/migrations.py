@@ -141,9 +141,19 @@ def check(connection: sqlite3.Connection, path: Path, *, service: str) -> int:
     return int(epoch)
 
 
+def epoch_since(connection: sqlite3.Connection) -> int | None:
+    """When the log's epoch began, in microseconds; None for the first one."""
+    found: int | None = connection.execute("SELECT epoch_since FROM foldbus_log").fetchone()[0]
+    return found
+
+
 def has_table(connection: sqlite3.Connection, name: str) -> bool:
     found = connection.execute("SELECT 1 FROM sqlite_master WHERE type='table' AND name=?", (name,)).fetchone()
     return found is not None
+
+
+# The next whole second: a time that is too early would be a promise less.
+_RAISE_EPOCH = "UPDATE foldbus_log SET epoch = epoch + 1, epoch_since = (strftime('%s', 'now') + 1) * 1000000"
 
 
 def raise_epoch(path: Path, *, service: str, busy_s: float = 10.0) -> int:
@@ -151,7 +161,7 @@ def raise_epoch(path: Path, *, service: str, busy_s: float = 10.0) -> int:
     connection = connect(path)
     try:
         check(connection, path, service=service)
-        patiently(lambda: connection.execute("UPDATE foldbus_log SET epoch = epoch + 1"), path, busy_s)
+        patiently(lambda: connection.execute(_RAISE_EPOCH), path, busy_s)
         return check(connection, path, service=service)
     finally:
         connection.close()
