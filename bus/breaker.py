@@ -56,8 +56,8 @@ class Breaker:
             raise BadBreaker(
                 f"{self.name!r} is no name for a breaker; wanted up to 40 of a-z, 0-9 and -, a letter first"
             )
-        wrong = [one for one in self.counts if not (isinstance(one, type) and issubclass(one, Exception))]
-        if wrong or not self.counts:
+        counts: tuple[object, ...] = self.counts
+        if not counts or not all(isinstance(one, type) and issubclass(one, Exception) for one in counts):
             raise BadBreaker(
                 f"breaker {self.name!r} counts {self.counts!r}; wanted classes of exceptions, at least one"
             )

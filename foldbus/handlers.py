@@ -1,4 +1,4 @@
-"""Handlers: plain functions with a context, for what SQL says better than events.
+"""Handlers: plain functions with a context, for what SQL says better than events, and for what happens outside.
 
     async def move_customer(command: MoveCustomer, ctx: Context) -> CustomerMoved:
         sql = await ctx.sql()
@@ -7,9 +7,17 @@
 
 A handler has a transaction of its own, begun at its first `ctx.sql()`: what it writes there, what it stages on `ctx`,
 its answer and the claim that the message is done are committed together, or nothing is. A message that comes twice has
-one effect. Whatever leaves the database (a mail, a payment) is not undone with it and does not belong in here.
+one effect. Whatever leaves the database (a mail, a payment) is not undone with it and belongs into an effect:
 
-A function without `async` runs in a thread, with a `ThreadContext`, so that it may block.
+    @handler(effect=True, timeout_s=10, breakers=[bank])
+    async def take_payment(command: TakePayment, ctx: EffectContext[Resources]) -> PaymentTaken:
+        await ctx.deps.bank.charge(command.amount_cents, idempotency_key=str(ctx.message_id))
+        return PaymentTaken(…)
+
+No transaction is open while an effect runs. That it was begun is recorded before, for as long as it may take: nobody
+else is at the same message meanwhile, and what was begun is never called undone (`foldbus/effects.py`).
+
+A function without `async` runs in a thread, so that it may block.
 """
 
 from __future__ import annotations
@@ -18,29 +26,30 @@ import asyncio
 import inspect
 import re
 import typing
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack
-from datetime import datetime
+from collections.abc import Awaitable, Callable, Sequence
 from types import NoneType
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
-from uuid import UUID
+from typing import Any, Literal, TypeGuard, overload
 
 from pydantic import BaseModel
 
-from bus.envelope import Envelope
+from bus.breaker import Breaker
 from bus.errors import FoldbusError
 from bus.messages import Command, Event, Message
 from eventstore.decider import BadDecider, parameter_types
-from eventstore.port import Store, Tx
-from foldbus.staging import MakeEnvelope, Staging
-
-if TYPE_CHECKING:
-    from sqlalchemy import CursorResult, Executable
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
-
-T = TypeVar("T")
+from foldbus.contexts import BareContext, Context, EffectContext, HandlerContext, HandlerEnded, ThreadContext
+from foldbus.delivery import AT_MOST_ONCE, EXACTLY_ONCE, DeliveryMode
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
+
+Answer = BaseModel | None
+SqlFunction = (
+    Callable[[Any, Context[Any]], Awaitable[BaseModel | None]] | Callable[[Any, ThreadContext[Any]], BaseModel | None]
+)
+EffectFunction = (
+    Callable[[Any, EffectContext[Any]], Awaitable[BaseModel | None]]
+    | Callable[[Any, EffectContext[Any]], BaseModel | None]
+)
+BareFunction = Callable[[Any, BareContext[Any]], Awaitable[None]] | Callable[[Any, BareContext[Any]], None]
 
 
 class BadHandler(FoldbusError):
@@ -55,11 +64,62 @@ class Handler:
     parameter's annotation (a class or a union of classes) names what it takes. Renaming a subscription starts it anew.
 
     An attempt that takes longer than `timeout_s` failed, and is tried again like any other. (PostgreSQL ends a
-    transaction of ours that stands idle for 60 s, since it may hold up readers.)
+    transaction of ours that stands idle for 60 s, since it may hold up readers; an effect may take longer.)
+
+    `delivery` is how often it may be called for one event (`foldbus/delivery.py`); commands, which want an answer, and
+    effects are EXACTLY_ONCE. `breakers` are the dependencies that it calls: while one of them is taken for down, its
+    messages wait and no attempt is counted. `at_once` bounds how many keys an effect, or a handler that is called at
+    most once, is at side by side; handlers with SQL share eight turns, since each may hold a connection.
     """
 
-    def __init__(self, function: Callable[..., Any], *, name: str | None = None, timeout_s: float = 50.0) -> None:
-        self.function, self.timeout_s = function, timeout_s
+    @overload
+    def __init__(
+        self,
+        function: SqlFunction,
+        *,
+        name: str | None = ...,
+        timeout_s: float = ...,
+        delivery: Literal[DeliveryMode.EXACTLY_ONCE, DeliveryMode.AT_LEAST_ONCE] = ...,
+        breakers: Sequence[Breaker] = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        function: EffectFunction,
+        *,
+        effect: Literal[True],
+        name: str | None = ...,
+        timeout_s: float = ...,
+        breakers: Sequence[Breaker] = ...,
+        at_once: int = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        function: BareFunction,
+        *,
+        delivery: Literal[DeliveryMode.AT_MOST_ONCE],
+        name: str | None = ...,
+        timeout_s: float = ...,
+        breakers: Sequence[Breaker] = ...,
+        at_once: int = ...,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        timeout_s: float = 50.0,
+        effect: bool = False,
+        delivery: DeliveryMode = EXACTLY_ONCE,
+        breakers: Sequence[Breaker] = (),
+        at_once: int = 8,
+    ) -> None:
+        self.function, self.timeout_s, self.effect, self.delivery = function, timeout_s, effect, delivery
+        self.breakers, self.at_once = tuple(breakers), at_once
         self.name = name or getattr(function, "__name__", "").strip("_").replace("_", "-")
         self.in_thread = not inspect.iscoroutinefunction(function)
         try:
@@ -74,6 +134,21 @@ class Handler:
     def __repr__(self) -> str:
         return f"handler {self.name!r}"
 
+    @property
+    def context(self) -> type[HandlerContext[Any]] | type[ThreadContext[Any]]:
+        """The class of what it is given besides its message."""
+        if self.effect:
+            return EffectContext
+        if self.delivery is AT_MOST_ONCE:
+            return BareContext
+        return ThreadContext if self.in_thread else Context
+
+    @property
+    def deps(self) -> type | None:
+        """What its context's annotation wants of the service's lifespan, as far as that is a class."""
+        found = [one for one in typing.get_args(self._annotated_context()) if isinstance(one, type)]
+        return found[0] if found and found[0] is not NoneType else None
+
     def _check(self) -> None:
         if _NAME.fullmatch(self.name) is None:
             raise BadHandler(
@@ -84,6 +159,45 @@ class Handler:
             raise BadHandler(f"{self!r} takes {found}; wanted commands only, or events only")
         if len(inspect.signature(self.function).parameters) != 2:
             raise BadHandler(f"{self!r} wants two parameters: (message, ctx)")
+        self._check_mode()
+        self._check_answer()
+
+    def _check_mode(self) -> None:
+        if self.timeout_s <= 0 or self.at_once < 1:
+            raise BadHandler(
+                f"{self!r}: timeout_s={self.timeout_s:g}, at_once={self.at_once}; wanted above 0, and 1 or more"
+            )
+        if self.delivery is not EXACTLY_ONCE and self.commands:
+            raise BadHandler(
+                f"{self!r} takes {self.commands[0].__name__}, a command, {self.delivery}: its answer is stored with "
+                "its claim, so wanted EXACTLY_ONCE"
+            )
+        if self.delivery is not EXACTLY_ONCE and self.effect:
+            raise BadHandler(
+                f"{self!r} is an effect, {self.delivery}: its claim is what makes it one; wanted EXACTLY_ONCE"
+            )
+        names = [one.name for one in self.breakers]
+        if len(set(names)) != len(names):
+            raise BadHandler(f"{self!r} names a breaker twice: {', '.join(names)}")
+        annotated = self._annotated_context()
+        given = typing.get_origin(annotated) or annotated
+        if isinstance(given, type) and given is not Any and not issubclass(self.context, given):
+            raise BadHandler(
+                f"{self!r} wants a {given.__name__}, but is given a {self.context.__name__}: {self._kind()}"
+            )
+
+    def _kind(self) -> str:
+        if self.effect:
+            return "it is an effect"
+        if self.delivery is AT_MOST_ONCE:
+            return "nothing is stored for what is called at most once"
+        return "it runs in a thread, for want of `async`" if self.in_thread else "it has a transaction"
+
+    def _annotated_context(self) -> Any:
+        names = list(inspect.signature(self.function).parameters)
+        return typing.get_type_hints(self.function).get(names[1])
+
+    def _check_answer(self) -> None:
         given = typing.get_type_hints(self.function).get("return", inspect.Signature.empty)
         if given is inspect.Signature.empty or given is Any:
             return  # then its answers are looked at one by one
@@ -98,158 +212,71 @@ class Handler:
                     f"wanted {'None' if wanted is None else wanted.__name__}"
                 )
 
-    async def __call__(self, message: Message, ctx: Context) -> BaseModel | None:
-        """Its answer. Raises BadAnswer when that is not what the command is answered with."""
-        if self.in_thread:
-            loop = asyncio.get_running_loop()
-            value = await asyncio.to_thread(self.function, message, ThreadContext(ctx, loop))
-        else:
-            value = await self.function(message, ctx)
+    async def __call__(self, message: Message, ctx: HandlerContext[Any]) -> BaseModel | None:
+        """What the function returns; from a thread, if it is not `async`."""
+        function: Any = self.function
+        if not self.in_thread:
+            return await function(message, ctx)  # type: ignore[no-any-return]
+        given = ThreadContext(ctx, asyncio.get_running_loop()) if isinstance(ctx, Context) else ctx
+        return await asyncio.to_thread(function, message, given)
+
+    def checked(self, message: Message, answer: object) -> BaseModel | None:
+        """The answer to a message. Raises BadAnswer when that is not what the command is answered with."""
         kind: type[Message] = type(message)
         wanted = kind.reply_type() if _is_command(kind) else None
         if wanted is None:
             return None
-        if not isinstance(value, wanted):
+        if not isinstance(answer, wanted):
             raise BadAnswer(
-                f"{self!r} answered {kind.__name__} with {type(value).__name__}; wanted {wanted.__name__}; "
+                f"{self!r} answered {kind.__name__} with {type(answer).__name__}; wanted {wanted.__name__}; "
                 "nothing was stored"
             )
-        return value
+        return answer
+
+
+@overload
+def handler(
+    *,
+    name: str | None = ...,
+    timeout_s: float = ...,
+    delivery: Literal[DeliveryMode.EXACTLY_ONCE, DeliveryMode.AT_LEAST_ONCE] = ...,
+    breakers: Sequence[Breaker] = ...,
+) -> Callable[[SqlFunction], Handler]: ...
+
+
+@overload
+def handler(
+    *,
+    effect: Literal[True],
+    name: str | None = ...,
+    timeout_s: float = ...,
+    breakers: Sequence[Breaker] = ...,
+    at_once: int = ...,
+) -> Callable[[EffectFunction], Handler]: ...
+
+
+@overload
+def handler(
+    *,
+    delivery: Literal[DeliveryMode.AT_MOST_ONCE],
+    name: str | None = ...,
+    timeout_s: float = ...,
+    breakers: Sequence[Breaker] = ...,
+    at_once: int = ...,
+) -> Callable[[BareFunction], Handler]: ...
+
+
+def handler(**options: Any) -> Callable[[Any], Handler]:
+    """`Handler(function, …)` as a decorator. It registers nothing: what a service runs is what it lists."""
+
+    def make(function: Callable[..., Any]) -> Handler:
+        return Handler(function, **options)
+
+    return make
 
 
 class BadAnswer(FoldbusError):
     """A handler returned something else than its command is answered with. Nothing was stored."""
-
-
-class Context(Staging):
-    """What a handler has besides its message: of one attempt, closed when the handler has returned.
-
-    `publish`, `send` and `append` stage what is written with the transaction; see `Staging`.
-    """
-
-    def __init__(
-        self,
-        envelope: Envelope,
-        *,
-        service: str,
-        make: MakeEnvelope,
-        store: Store,
-        max_bytes: int,
-        now: datetime,
-        take: Callable[[Tx], Awaitable[None]],
-        stack: AsyncExitStack,
-    ) -> None:
-        super().__init__(service, make, max_bytes=max_bytes)
-        self.envelope, self.now = envelope, now
-        """`now` is when this attempt began."""
-        self.tx: Tx | None = None
-        self._store, self._take, self._stack = store, take, stack
-        self._session: AsyncSession | None = None
-        self._closed = False
-        self._opening = asyncio.Lock()
-
-    @property
-    def message_id(self) -> UUID:
-        """The same at every attempt and delivery: an idempotency key for whatever is called outside."""
-        return self.envelope.id
-
-    @property
-    def correlation_id(self) -> UUID:
-        return self.envelope.correlation_id
-
-    async def sql(self) -> AsyncConnection:
-        """SQLAlchemy's connection in this handler's transaction; the same one at a second call. On SQLite it holds the
-        file's write lock: be quick. It is committed when the handler returns: do not do that here."""
-        self._check_open()
-        async with self._opening:
-            if self.tx is None:
-                tx = await self._stack.enter_async_context(self._store.transaction())
-                await self._take(tx)
-                self.tx = tx
-        return self.tx.sql
-
-    async def session(self) -> AsyncSession:
-        """An ORM session on `sql()`; flushed when the handler returns."""
-        from sqlalchemy.ext.asyncio import AsyncSession
-
-        sql = await self.sql()
-        if self._session is None:
-            # Its commit() ends a savepoint, never the transaction that the claim is in.
-            self._session = AsyncSession(bind=sql, join_transaction_mode="create_savepoint", expire_on_commit=False)
-            self._stack.push_async_callback(self._session.close)
-        return self._session
-
-    async def finish(self) -> None:
-        """What was left to write is written; nothing is staged after this."""
-        if self._session is not None:
-            await self._session.flush()
-            await self._session.commit()
-        self._closed = True
-
-    def close(self) -> None:
-        self._closed = True
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise HandlerEnded("the handler has returned: its context is closed, this was not done")
-
-    def _stage(self, message: Message, topic: str, id: UUID | None = None) -> UUID:
-        self._check_open()
-        return super()._stage(message, topic, id)
-
-
-class HandlerEnded(FoldbusError):
-    """A context was used after its handler had returned or had been cut short. Nothing was done."""
-
-
-class ThreadContext:
-    """A `Context` as seen from a handler's thread: the same verbs, which wait for the event loop."""
-
-    def __init__(self, ctx: Context, loop: asyncio.AbstractEventLoop) -> None:
-        self._ctx, self._loop = ctx, loop
-
-    @property
-    def message_id(self) -> UUID:
-        return self._ctx.message_id
-
-    @property
-    def correlation_id(self) -> UUID:
-        return self._ctx.correlation_id
-
-    @property
-    def envelope(self) -> Envelope:
-        return self._ctx.envelope
-
-    @property
-    def now(self) -> datetime:
-        return self._ctx.now
-
-    def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
-        """One statement in the handler's transaction; its rows are at hand when it returns."""
-
-        async def run() -> CursorResult[Any]:
-            return await (await self._ctx.sql()).execute(statement, parameters)
-
-        return self._wait(run())
-
-    def publish(self, event: Event) -> UUID:
-        return self._call(self._ctx.publish, event)
-
-    def send(self, command: Command[Any], *, id: UUID | None = None) -> UUID:
-        return self._call(lambda: self._ctx.send(command, id=id))
-
-    def append(self, *given: Any, **options: Any) -> None:
-        """See `Staging.append`."""
-        self._call(lambda: self._ctx.append(*given, **options))
-
-    def _call(self, function: Callable[..., T], *given: Any) -> T:
-        async def run() -> T:
-            return function(*given)
-
-        return self._wait(run())
-
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
 def _is_command(message: type[Message]) -> TypeGuard[type[Command[Any]]]:
@@ -263,4 +290,19 @@ def _members(annotation: object) -> tuple[object, ...]:
     return tuple(one for part in arguments for one in _members(part)) if arguments else (annotation,)
 
 
-__all__ = ["BadAnswer", "BadHandler", "Context", "Handler", "HandlerEnded", "ThreadContext"]
+__all__ = [
+    "Answer",
+    "BadAnswer",
+    "BadHandler",
+    "BareContext",
+    "BareFunction",
+    "Context",
+    "EffectContext",
+    "EffectFunction",
+    "Handler",
+    "HandlerContext",
+    "HandlerEnded",
+    "SqlFunction",
+    "ThreadContext",
+    "handler",
+]

@@ -17,6 +17,7 @@ from sagas.errors import (
     StepFailed,
     StepRefused,
     StepTimedOut,
+    StepUnknown,
 )
 from sagas.instance import Status
 from sagas.operator import (
@@ -57,6 +58,7 @@ __all__ = [
     "StepFailed",
     "StepRefused",
     "StepTimedOut",
+    "StepUnknown",
     "StepView",
     "commands_topic_of",
     "describe",

@@ -248,7 +248,7 @@ class SagaBehaviour:
     def _why(self, reply: Envelope) -> str | None:
         """A line for people; the answer itself is in the bytes."""
         try:
-            if reply.outcome is ReplyOutcome.DIED:
+            if reply.outcome in (ReplyOutcome.DIED, ReplyOutcome.UNKNOWN):
                 return died_error(reply)[:_WHY_LENGTH_MAX]
             if reply.outcome is ReplyOutcome.REFUSED:
                 refusal = self._codec.decode_reply(reply, Command[None])

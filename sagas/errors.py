@@ -43,6 +43,13 @@ class StepDied(StepFailed):
     """The service gave up on the command; it is in the dead letters there. Certain: not done."""
 
 
+class StepUnknown(StepFailed):
+    """The service gave up on the command after its handler had begun to call the outside world. Unknown, as with a
+    timeout: it is undone."""
+
+    unknown = True
+
+
 class StepCancelled(StepFailed):
     """The command arrived after its own undo and was dropped. Certain: not done."""
 

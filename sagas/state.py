@@ -16,7 +16,7 @@ from bus.errors import BadInput
 from bus.messages import Command, Event, Message, Refused
 from sagas import events
 from sagas.definition import SagaDefinition
-from sagas.errors import CannotRun, StepCancelled, StepDied, StepRefused, StepTimedOut
+from sagas.errors import CannotRun, StepCancelled, StepDied, StepRefused, StepTimedOut, StepUnknown
 from sagas.events import (
     SagaCancelled,
     SagaCompensated,
@@ -174,6 +174,8 @@ class Replayer:
             )
             if event.outcome is ReplyOutcome.DIED:
                 raise StepDied(died_error(reply), path=event.path, command_type=kind)
+            if event.outcome is ReplyOutcome.UNKNOWN:
+                raise StepUnknown(died_error(reply), path=event.path, command_type=kind)
             if event.outcome is ReplyOutcome.CANCELLED:
                 raise StepCancelled("arrived after its own undo", path=event.path, command_type=kind)
             answer = self.codec.decode_reply(reply, type(command))

@@ -27,7 +27,7 @@ from uuid import UUID, uuid5
 
 from pydantic import BaseModel
 
-from bus.codec import JsonCodec, died_reply, reply_envelope
+from bus.codec import JsonCodec, died_reply, reply_envelope, unknown_reply
 from bus.envelope import Envelope, Origin, ReplyOutcome
 from bus.messages import Command, Event, Message, Refused
 from bus.registry import Registry
@@ -53,6 +53,13 @@ class Died:
 
 
 @dataclass(frozen=True, slots=True)
+class Unknown:
+    """The service gave the command up after its handler had begun to call the outside world."""
+
+    error: str = "scripted"
+
+
+@dataclass(frozen=True, slots=True)
 class Cancelled:
     """The service dropped the command because its undo had come first."""
 
@@ -67,12 +74,12 @@ class After:
     """`answer` comes after so many seconds of virtual time; as a late reply, if the timeout was earlier."""
 
     seconds: float
-    answer: BaseModel | Refused | Died | Cancelled | NoAnswer | None = None
+    answer: BaseModel | Refused | Died | Unknown | Cancelled | NoAnswer | None = None
 
 
 NO_ANSWER = NoAnswer()
 
-Answer: TypeAlias = BaseModel | Refused | Died | Cancelled | NoAnswer | After | None
+Answer: TypeAlias = BaseModel | Refused | Died | Unknown | Cancelled | NoAnswer | After | None
 Answers: TypeAlias = Mapping[type[Command[Any]], Answer | Sequence[Answer]] | Callable[[Command[Any]], Answer]
 """By the type of command, a sequence answering one after another; or a function. A type that is left out answers with
 None, which only fits `Command[None]` and undos."""
@@ -247,6 +254,8 @@ class _Play:
                 pass
             case Died(error=error):
                 self._post(died_reply(envelope, error, origin), delay_s)
+            case Unknown(error=error):
+                self._post(unknown_reply(envelope, error, origin), delay_s)
             case Cancelled():
                 self._post(reply_envelope(envelope, ReplyOutcome.CANCELLED, b"null", origin), delay_s)
             case _:

@@ -21,9 +21,11 @@ class EngineSettings:
     there and resumes at half (bytes may be passed by one poll). `per_key_max` queued messages of one key, or
     `spread_max` received ones above the watermark, pause their partition alone, until half of it is left.
     `offers_max` bounds timers' messages in hand, apart from the others, so that a full engine cannot starve them.
+    `early_batch_max` is what a crash may cost a subscription that is handled at most once.
     """
 
     batch_size_max: int = 500
+    early_batch_max: int = 2000
     poll_records_max: int = 1000
     in_flight_max: int = 5000
     in_flight_bytes_max: int = 64 * 1024 * 1024
