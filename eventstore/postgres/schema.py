@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from io import StringIO
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -19,12 +20,12 @@ from sqlalchemy.pool import NullPool
 from eventstore import upgrading
 from eventstore.errors import EventStoreError, SchemaMismatch
 from eventstore.postgres.errors import DRIVER_ERRORS, translated
-from eventstore.postgres.pool import driver_dsn, url
+from eventstore.postgres.pool import driver_arguments, driver_dsn, url
 from eventstore.upgrading import Look, Migration, State
 
 Driver: TypeAlias = "asyncpg.Connection[asyncpg.Record]"  # generic in its type stubs only
 
-HEAD = "0011"
+HEAD = "0012"
 """The migration that this code works with."""
 
 MIGRATIONS = Path(__file__).with_name("migrations")
@@ -48,6 +49,7 @@ class Found:
     """What `open` needs to know of the database."""
 
     epoch: int
+    epoch_since: datetime | None
 
 
 def known() -> list[Migration]:
@@ -78,7 +80,7 @@ async def sql(dsn: str, *, service: str, contract: bool = False) -> str:
     chosen = upgrading.plan(known(), found=seen.found, contract=contract)
     if not chosen:
         return ""
-    engine = create_async_engine(url(dsn), poolclass=NullPool)
+    engine = create_async_engine(url(dsn), poolclass=NullPool, connect_args=driver_arguments(dsn))
     try:
         async with engine.connect() as db:
             there = (await db.execute(text("select to_regclass('foldbus.logs')"))).scalar() is not None
@@ -105,7 +107,7 @@ async def migrate(dsn: str, *, service: str, contract: bool = False) -> None:
     """Brings the service's schema up to date, in one transaction; does nothing when it is. Several may run at once.
     Newer code's schema that this code works with is left alone. `contract`: see `eventstore/upgrading.py`."""
     schema = schema_of(service)
-    engine = create_async_engine(url(dsn), poolclass=NullPool)
+    engine = create_async_engine(url(dsn), poolclass=NullPool, connect_args=driver_arguments(dsn))
     try:
         async with engine.begin() as db:
             await db.execute(text("select pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
@@ -131,7 +133,7 @@ async def migrate(dsn: str, *, service: str, contract: bool = False) -> None:
 async def current(dsn: str, *, service: str) -> str | None:
     """The migration that the service's schema is at; None: it has none."""
     try:
-        db = await asyncpg.connect(url(dsn).set(drivername="postgresql").render_as_string(hide_password=False))
+        db = await asyncpg.connect(driver_dsn(dsn))
         try:
             return await _version(db, schema_of(service))
         finally:
@@ -147,9 +149,13 @@ async def raise_epoch(dsn: str, *, service: str) -> int:
     """
     schema = schema_of(service)
     try:
-        db = await asyncpg.connect(url(dsn).set(drivername="postgresql").render_as_string(hide_password=False))
+        db = await asyncpg.connect(driver_dsn(dsn))
         try:
-            return int(await db.fetchval(f"update {schema}.log set epoch = epoch + 1 returning epoch"))
+            return int(
+                await db.fetchval(
+                    f"update {schema}.log set epoch = epoch + 1, epoch_since = clock_timestamp() returning epoch"
+                )
+            )
         finally:
             await db.close()
     except DRIVER_ERRORS as error:
@@ -161,7 +167,8 @@ async def check(db: Driver, *, service: str) -> Found:
     schema = schema_of(service)
     upgrading.check(await _look(db, schema), where=schema)
     row = await db.fetchrow(
-        f"""select s.seqcache, s.seqincrement, s.seqcycle, l.service, l.epoch, pg_is_in_recovery() as standby,
+        f"""select s.seqcache, s.seqincrement, s.seqcycle, l.service, l.epoch, l.epoch_since,
+                   pg_is_in_recovery() as standby,
                    {schema}.log_number() as number,
                    (select number from foldbus.logs where schema = $2) as allocated,
                    (select count(*) from pg_trigger t where t.tgname = 'floor_lock' and t.tgenabled in ('O', 'A')
@@ -197,7 +204,7 @@ async def check(db: Driver, *, service: str) -> Found:
         )
     if row["standby"]:
         raise SchemaMismatch(f"{schema}: this server is a standby; locks are only seen on the primary")
-    return Found(epoch=row["epoch"])
+    return Found(epoch=row["epoch"], epoch_since=row["epoch_since"])
 
 
 async def _look(db: Driver, schema: str) -> Look:
