@@ -62,11 +62,11 @@ class RetentionSettings:
 def keep_of(
     keep: float | Mapping[str, float] | None, steps_s: float | None, groups: Sequence[str], service: str
 ) -> Keep:
-    """Raises ClaimsTooShort for what can never be meant."""
+    """`groups` are those that make claims. Raises ClaimsTooShort for what can never be meant."""
     wanted = dict(keep) if isinstance(keep, Mapping) else {} if keep is None else dict.fromkeys(groups, keep)
     if unknown := sorted(wanted.keys() - set(groups)):
         raise ClaimsTooShort(
-            f"service {service!r} keeps claims of {', '.join(unknown)}; its consumer groups are "
+            f"service {service!r} keeps claims of {', '.join(unknown)}; its consumer groups that make any are "
             f"{', '.join(groups) or 'none'}"
         )
     for name, seconds in (*wanted.items(), ("keep_steps_s", steps_s)):

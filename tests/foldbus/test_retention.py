@@ -14,7 +14,7 @@ from bus.metrics import MemoryMetrics
 from bus.seams import SystemClock
 from bus.transport import TopicSpec, TopicState
 from eventstore.port import ClaimState
-from foldbus import Context, Event, Key, Service
+from foldbus import AT_LEAST_ONCE, Context, Event, Handler, Key, Service
 from foldbus.retention import ClaimsTooShort, Forgetting, Keep, RetentionSettings, keep_of, refusals
 from tests.eventstore.stores import CONSUMER, Backend
 from tests.eventstore.test_inbox_conformance import HOUR, Aged, handled
@@ -72,7 +72,11 @@ def test_one_number_is_for_all_groups_and_a_table_names_some() -> None:
 @pytest.mark.parametrize(
     ("keep", "steps_s", "told"),
     [
-        ({"shop.handler.fax": 60.0}, None, "keeps claims of shop.handler.fax; its consumer groups are shop, "),
+        (
+            {"shop.handler.fax": 60.0},
+            None,
+            "keeps claims of shop.handler.fax; its consumer groups that make any are shop, ",
+        ),
         (0.0, None, "wanted a number above 0"),
         ({"shop": -1.0}, None, "shop is kept for -1.0 s"),
         (60.0, float("nan"), "keep_steps_s is kept for nan s"),
@@ -93,6 +97,19 @@ def test_a_service_keeps_all_claims_unless_it_says_otherwise() -> None:
     mail.__annotations__ = {"event": Done, "ctx": Context, "return": None}
     assert Service("shop", handlers=[mail]).keep.groups == {}
     assert Service("shop", handlers=[mail], keep_claims_s=60).keep.groups == {"shop.handler.mail": 60}
+
+
+def test_a_handler_that_makes_no_claims_has_none_to_keep() -> None:
+    class Seen(Event, type="shop.seen.v1"):
+        thing: Key[str]
+
+    async def watch(event: Seen, ctx: Context) -> None: ...
+
+    watch.__annotations__ = {"event": Seen, "ctx": Context, "return": None}
+    watching = Handler(watch, delivery=AT_LEAST_ONCE)
+    assert Service("shop", handlers=[watching], keep_claims_s=60).keep.groups == {}
+    with pytest.raises(ClaimsTooShort, match="its consumer groups that make any are none"):
+        Service("shop", handlers=[watching], keep_claims_s={"shop.handler.watch": 60})
 
 
 # --- forgetting ------------------------------------------------------------------------------------------------------
