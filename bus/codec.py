@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Protocol, cast
 from uuid import UUID
 
-from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic import BaseModel, JsonValue, RootModel, ValidationError
 from pydantic_core import from_json
 
 from bus.envelope import Envelope, Kind, Origin, ReplyOutcome, ReplyTo
@@ -54,9 +55,9 @@ class Codec(Protocol):
         """The answer to `command`, addressed to its `reply_to`; without one it is kept for whoever asks."""
         ...
 
-    def decode_reply(self, reply: Envelope, command: type[Command[Any]]) -> BaseModel | Refused | None:
-        """What `encode_reply` was given; an ok reply without data (nothing to undo) is
-        None. Not for died and cancelled."""
+    def decode_reply(self, reply: Envelope, asked: type[Command[Any]] | type[Query[Any]]) -> Any:
+        """What `encode_reply` was given, a Refused included; an ok reply to a command without data (nothing to undo) is
+        None, and of a query's answer what `Query[R]` says. Not for died, cancelled and expired."""
         ...
 
 
@@ -216,7 +217,7 @@ class JsonCodec:
             data = to_bytes(answer)
         return reply_envelope(command, outcome, data, origin)
 
-    def decode_reply(self, reply: Envelope, command: type[Command[Any]]) -> BaseModel | Refused | None:
+    def decode_reply(self, reply: Envelope, asked: type[Command[Any]] | type[Query[Any]]) -> Any:
         if reply.outcome is ReplyOutcome.REFUSED:
             body = _validate(_RefusalBody, reply.data, reply.type)
             assert isinstance(body, _RefusalBody)
@@ -226,10 +227,11 @@ class JsonCodec:
             rebuilt = refusal.__new__(refusal)
             Refused.__init__(rebuilt, body.message, code=body.code, **body.attributes)
             return rebuilt
-        wanted = command.reply_type()
-        if wanted is None or reply.data == b"null":
+        wanted = asked.reply_type()
+        if wanted is None or (reply.data == b"null" and issubclass(asked, Command)):
             return None
-        return _validate(wanted, reply.data, reply.type)
+        found = _validate(wanted, reply.data, reply.type)
+        return cast("RootModel[Any]", found).root if issubclass(asked, Query) and asked.wrapped() else found
 
 
 def decoder_of_bodies(codec: Codec) -> Callable[[Sequence[str], Sequence[bytes]], Sequence[Message]] | None:
@@ -266,7 +268,20 @@ def died_reply(command: Envelope, error: str, origin: Origin) -> Envelope:
     return reply_envelope(command, ReplyOutcome.DIED, _DiedBody(error=error[:2000]).model_dump_json().encode(), origin)
 
 
+def unknown_reply(command: Envelope, error: str, origin: Origin) -> Envelope:
+    """Given up, and perhaps done all the same: what its handler calls outside was begun."""
+    data = _DiedBody(error=error[:2000]).model_dump_json().encode()
+    return reply_envelope(command, ReplyOutcome.UNKNOWN, data, origin)
+
+
+def expired_reply(asked: Envelope, error: str, origin: Origin) -> Envelope:
+    """Not begun: it names the deadline that had passed, so that nobody takes it for the answer to a repeat."""
+    data = _DiedBody(error=error[:2000]).model_dump_json().encode()
+    return replace(reply_envelope(asked, ReplyOutcome.EXPIRED, data, origin), deadline=asked.deadline)
+
+
 def died_error(reply: Envelope) -> str:
+    """Why it died or expired, or why nobody knows."""
     body = _validate(_DiedBody, reply.data, reply.type)
     assert isinstance(body, _DiedBody)
     return body.error

@@ -38,6 +38,11 @@ class ReplyOutcome(StrEnum):
     REFUSED = "refused"
     DIED = "died"
     CANCELLED = "cancelled"
+    UNKNOWN = "unknown"
+    """Given up after its handler had begun to call the outside world: in the dead letters, and perhaps done."""
+    EXPIRED = "expired"
+    """Not begun, since its deadline had passed. Says nothing about a repeat, which carries a later one: the reply names
+    the deadline it is about."""
 
 
 @quick

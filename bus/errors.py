@@ -64,6 +64,10 @@ class Fenced(BusError):
     """The caller is no longer the owner (of a partition, a lease, a checkpoint): stop, discard, change nothing."""
 
 
+class GroupInUse(BusError):
+    """A group has members, so nobody else may place its offsets; nothing was set."""
+
+
 class MissingTopics(BusError):
     """Topics that must exist do not."""
 
@@ -84,11 +88,27 @@ class OutcomeUnknown(BusError):
 
     def __init__(self, message_id: UUID, *, why: str) -> None:
         super().__init__(f"outcome of {message_id} is unknown: {why}; sending it again with the same id is safe")
-        self.id = message_id
+        self.id, self.why = message_id, why
+
+
+class NoAnswer(BusError):
+    """A query got no answer within its deadline. Asking changes nothing: ask again."""
+
+    def __init__(self, type_name: str, *, why: str) -> None:
+        super().__init__(f"{type_name} has no answer: {why}")
+
+
+class QueryFailed(BusError):
+    """Whoever answers the query could not: its function raised, or the service has none for it."""
+
+    def __init__(self, type_name: str, *, error: str) -> None:
+        super().__init__(f"{type_name} was not answered: {error}")
+        self.error = error
 
 
 class NobodyDecides(BusError):
-    """The command belongs to this service, and no decider of it takes it: nothing was sent."""
+    """The message belongs to this service, and no decider, handler or query function of it takes it: nothing was
+    sent."""
 
 
 class Died(BusError):

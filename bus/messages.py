@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, Unpack, cast
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue, RootModel
 
 from bus.errors import BadMessageClass
 
@@ -109,35 +109,78 @@ class Command(Message, Generic[R_co]):
 
 
 class Query(Message, Generic[R_co]):
-    """A question; its place in the seams. Nothing dispatches queries yet."""
+    """A question to the service that owns its type; asking changes nothing. `Query[R]` is answered with an R: a model,
+    or anything that pydantic can write and read, such as `OrderSummary | None` or `list[OrderSummary]`."""
+
+    _answers: ClassVar[type[BaseModel] | None] = None
+
+    @classmethod
+    def answer_type(cls) -> object:
+        """The R of `Query[R]`, as it was written."""
+        return _generic_argument(cls, Query)
 
     @classmethod
     def reply_type(cls) -> type[BaseModel]:
-        return cast("type[BaseModel]", _generic_argument(cls, Query))
+        """What is on the wire: R itself when that is a model, else a `RootModel` around it."""
+        found: type[BaseModel] | None = cls.__dict__.get("_answers")
+        if found is None:
+            wanted: Any = cls.answer_type()
+            found = cast("type[BaseModel]", RootModel[wanted] if cls.wrapped() else wanted)
+            cls._answers = found
+        return found
+
+    @classmethod
+    def wrapped(cls) -> bool:
+        """Is R no model by itself?"""
+        wanted = cls.answer_type()
+        return not (isinstance(wanted, type) and issubclass(wanted, BaseModel))
 
 
 class Event(Message):
     """A fact. Public events are published on the service's `.events` topic; `public=False` keeps one in the store.
 
     `topic="legacy.customers"` names a foreign topic on which events of this type arrive; such an event is never
-    decided here.
+    decided here. With `deletes=True` it stands for the records of that topic that have no value: its topic is declared
+    compacted in the Service, and all that is known of what was deleted is its key.
     """
 
     public: ClassVar[bool] = True
     foreign_topic: ClassVar[str | None] = None
+    deletes: ClassVar[bool] = False
 
     def __init_subclass__(
-        cls, *, type: str | None = None, public: bool = True, topic: str | None = None, **config: Unpack[ConfigDict]
+        cls,
+        *,
+        type: str | None = None,
+        public: bool = True,
+        topic: str | None = None,
+        deletes: bool = False,
+        **config: Unpack[ConfigDict],
     ) -> None:
         super().__init_subclass__(type=type, **config)
 
     @classmethod
     def __pydantic_init_subclass__(
-        cls, *, type: str | None = None, public: bool = True, topic: str | None = None, **options: Any
+        cls,
+        *,
+        type: str | None = None,
+        public: bool = True,
+        topic: str | None = None,
+        deletes: bool = False,
+        **options: Any,
     ) -> None:
         super().__pydantic_init_subclass__(type=type, **options)
         cls.public = public
         cls.foreign_topic = topic
+        cls.deletes = deletes
+        if deletes:
+            wanted = [name for name, one in cls.model_fields.items() if one.is_required() and name != cls.key_field]
+            if topic is None or wanted:
+                raise BadMessageClass(
+                    f"{cls.__qualname__} ({type}) stands for deletes and "
+                    + (f"wants {', '.join(wanted)}, which a delete does not say" if wanted else "names no topic=")
+                    + "; wanted topic= and a Key field, anything else with a default"
+                )
 
 
 def _generic_argument(cls: type[BaseModel], origin: type[BaseModel]) -> object:
