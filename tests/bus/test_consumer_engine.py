@@ -36,6 +36,35 @@ def patient(**changes: object):
     return replace(FAST, attempts_max=10_000, retry_total_s=600.0, **changes)
 
 
+# -- a gate -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_shut_gate_lets_nothing_go_to_work_and_pauses_reading_and_opens_one_by_one() -> None:
+    """What a circuit breaker asks for: shut, one at a time, open."""
+    transport, processor = FakeTransport(), Recorder()
+    free: list[int | None] = [0]
+    for number in range(20):
+        transport.record(f"k{number}")
+    engine, metrics = make_engine(transport, processor, gate=lambda: free[0])
+    async with running(engine):
+        (part,) = await transport.assign(0)
+        await eventually(lambda: part in transport.paused, what="a pause")
+        polls = transport.polls
+        await eventually(lambda: transport.polls > polls + 5, what="polling on")
+        assert (processor.entered, engine.in_flight <= 20) == (0, True)
+        processor.gate.clear()
+        free[0] = 1
+        await eventually(lambda: processor.entered == 1, what="one")
+        free[0] = 0
+        processor.gate.set()
+        await eventually(lambda: len(processor.handled) == 1, what="it is handled")
+        assert [len(batch) for batch in processor.batches] == [1]
+        free[0] = None
+        await eventually(lambda: len(processor.handled) == 20, what="all")
+        assert part not in transport.paused
+    assert metrics.total("foldbus_again_total") == 0, "nobody was sent back for it"
+
+
 # -- commits and watermarks -------------------------------------------------------------------------------------------
 
 

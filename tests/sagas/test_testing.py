@@ -11,7 +11,7 @@ import pytest
 
 from bus.messages import Command
 from sagas import NotDeterministic, SagaError, SagaRun, Status, StepRefused, saga
-from sagas.testing import NO_ANSWER, After, Cancelled, Died, drive
+from sagas.testing import NO_ANSWER, After, Cancelled, Died, Unknown, drive
 from tests.sagas.stories import (
     PLACED,
     CancelOrder,
@@ -46,6 +46,21 @@ def test_a_certain_failure(pay: Any) -> None:
     assert played.status is Status.COMPENSATED
     assert names(played.sent) == ["Reserve", "Pay", "CancelOrder", "Release"]
     assert played.took_s == 0
+
+
+def test_a_step_that_was_given_up_after_it_was_begun_is_undone() -> None:
+    """Nobody knows whether it happened outside; so it is treated as if it had."""
+    played = drive(fulfil_order, PLACED, {**HAPPY, Pay: Unknown("the bank hung up")})
+    assert played.status is Status.COMPENSATED
+    assert names(played.sent) == ["Reserve", "Pay", "CancelOrder", "Refund", "Release"]
+    assert played.took_s == 0, "it waits for no timeout"
+    assert any("unknown (the bank hung up)" in line for line in played.lines)
+
+
+def test_an_undo_that_was_given_up_after_it_was_begun_parks() -> None:
+    played = drive(fulfil_order, PLACED, {**HAPPY, Ship: CardDeclined("no"), Refund: Unknown("the bank hung up")})
+    assert played.status is Status.PARKED
+    assert "the bank hung up" in (played.reason or "")
 
 
 def test_no_answer_lets_the_timeout_decide_in_virtual_time() -> None:
