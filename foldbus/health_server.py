@@ -51,10 +51,11 @@ class HealthServer:
         """The port it listens on, also where 0 asked for any that is free."""
         self._name, self._host, self._metrics = name, host, metrics
         self._settings = settings or HealthSettings()
-        self._callers = 0
+        self._calls: set[asyncio.Task[None] | None] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
         self._silent_since: float | None = None
         self._asked: asyncio.AbstractEventLoop | None = None
-        self._end: asyncio.Event | None = None
+        self._end: asyncio.Future[None] | None = None
         self._own: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -76,14 +77,15 @@ class HealthServer:
         self, kind: type[BaseException] | None, error: BaseException | None, stack: TracebackType | None
     ) -> None:
         if self._own is not None and self._end is not None:
-            self._own.call_soon_threadsafe(self._end.set)
+            self._own.call_soon_threadsafe(self._end.set_result, None)
         if self._thread is not None:
             self._thread.join(timeout=STOP_S)
 
     # --- in its own thread ------------------------------------------------------------------------------------------
 
     async def _serve(self, listening: Future[int]) -> None:
-        self._own, self._end = asyncio.get_running_loop(), asyncio.Event()
+        self._own = asyncio.get_running_loop()
+        self._end = self._own.create_future()
         try:
             server = await asyncio.start_server(self._call, self._host, self.port, limit=REQUEST_BYTES_MAX)
         except OSError as error:
@@ -91,16 +93,21 @@ class HealthServer:
             listening.set_exception(error)
             return
         listening.set_result(server.sockets[0].getsockname()[1])
-        await self._end.wait()
+        await self._end
         self._own = None
         server.close()  # who is being answered is cut off: the process ends
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
+        for writer in self._writers:
+            writer.transport.abort()
+        calls = {call for call in self._calls if call is not None}
+        if calls:
+            await asyncio.wait(calls, timeout=STOP_S)
 
     async def _call(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._callers += 1
+        call = asyncio.current_task()
+        self._calls.add(call)
+        self._writers.add(writer)
         try:
-            if self._callers <= CALLERS_MAX:
+            if len(self._calls) <= CALLERS_MAX:
                 async with asyncio.timeout(REQUEST_S):
                     method, path = await _request(reader)
                     writer.write(_response(method, await self._answer(method, path)))
@@ -108,7 +115,8 @@ class HealthServer:
         except (TimeoutError, ValueError, OSError, EOFError):
             pass  # slow, too long, no HTTP, or gone: it gets no answer
         finally:
-            self._callers -= 1
+            self._calls.discard(call)
+            self._writers.discard(writer)
             writer.close()
 
     async def _answer(self, method: str, path: str) -> Answer:
@@ -144,20 +152,22 @@ class HealthServer:
     async def _of_the_worker(self, question: Coroutine[Any, Any, Answer]) -> Answer | None:
         """None when the worker's loop does not answer in time."""
         assert self._asked is not None
+        assert self._end is not None
         try:
-            asked = asyncio.run_coroutine_threadsafe(question, self._asked)
+            answer = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(question, self._asked))
         except RuntimeError:  # it is closed
             question.close()
             return None
         began = asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout(min(self._settings.probe_s + 1.0, REQUEST_S - 1.0)):
-                answer = await asyncio.wrap_future(asked)
-        except TimeoutError:
+        patience_s = min(self._settings.probe_s + 1.0, REQUEST_S - 1.0)
+        events: list[asyncio.Future[Any]] = [answer, self._end]
+        await asyncio.wait(events, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            answer.cancel()
             self._silent_since = self._silent_since or began
             return None
         self._silent_since = None
-        return answer
+        return answer.result()
 
     # --- in the worker's loop ----------------------------------------------------------------------------------------
 
