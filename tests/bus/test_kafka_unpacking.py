@@ -6,6 +6,7 @@ The batches are made byte by byte (`raw_batches.py`), and a real broker takes th
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import random
@@ -14,8 +15,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.codec import gzip_encode
+from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.record.memory_records import MemoryRecords
 
 from bus.cloudevents import from_record
@@ -175,6 +177,14 @@ def test_what_belongs_to_a_transaction_still_does() -> None:
     assert one.base_offset == 5
 
 
+def test_aiokafka_still_fetches_where_it_is_looked_at() -> None:
+    """`Unpacking.watch` stands between the consumer's client and its fetcher."""
+    assert "self._client = AIOKafkaClient(" in inspect.getsource(AIOKafkaConsumer)
+    fetching = inspect.getsource(Fetcher)
+    for piece in ("await self._client.send(node_id, request)", "in response.topics:", "MemoryRecords(part_data[-1])"):
+        assert piece in fetching
+
+
 def test_nobody_outside_can_mark_a_record() -> None:
     first, second = looked(b"")[1], looked(b"")[1]
     assert first.mark != second.mark
@@ -282,23 +292,25 @@ async def test_a_group_that_stands_in_the_middle_of_a_refused_batch_is_told_of_i
         from_record(flawed)
 
 
-async def test_a_header_name_that_is_no_text_holds_up_nobody(kafka: str) -> None:
-    """aiokafka gives its whole partition up, and what it had taken out of others in that call."""
+async def test_a_header_name_that_is_no_text_holds_up_nobody(kafka: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """aiokafka gives its whole partition up, and what it had taken out of others in that call: here out of partition 0,
+    which comes first."""
+    monkeypatch.setattr("aiokafka.consumer.fetcher.random.shuffle", list.sort)
     metrics = MemoryMetrics()
     async with KafkaTransport.open(kafka, metrics=metrics) as transport:
         topic = await new_topic(transport, partitions=2)
         bad = record(0, b"k", b"1") + record(1, b"k", b"2", [(b"\xff", b"x")]) + record(2, b"k", b"3")
         good = batch(record(0, b"k", b"0"), 1)
         await produce(
-            kafka, {(topic, 0): [good, batch(bad, 3, codec=LZ4), batch(bad, 3), good], (topic, 1): [good] * 9}
+            kafka, {(topic, 1): [good, batch(bad, 3, codec=LZ4), batch(bad, 3), good], (topic, 0): [good] * 9}
         )
         async with transport.consume(unique("group"), [topic], listener=Recorder()) as consumer:
             found = await take(consumer, 17)
-    assert [(one.offset, one.value, bool(one.flaw)) for one in found if one.partition == 0] == [
+    assert [(one.offset, one.value, bool(one.flaw)) for one in found if one.partition == 1] == [
         (0, b"0", False), (1, b"1", False), (2, b"2", True), (3, b"3", False),
         (4, b"1", False), (5, b"2", True), (6, b"3", False), (7, b"0", False),
     ]  # fmt: skip
-    assert [one.offset for one in found if one.partition == 1] == list(range(9))
+    assert [one.offset for one in found if one.partition == 0] == list(range(9))
     (first, _) = [one for one in found if one.flaw]
     assert first.headers == (("\\xff", b"x"),)
     assert first.flaw == "header name b'\\xff' is no text; wanted UTF-8"

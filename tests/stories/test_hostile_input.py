@@ -144,6 +144,24 @@ async def test_bombs_and_names_that_are_no_text_become_dead_letters_on_every_con
                 assert "(zstd, " in third.failure.message
 
 
+@pytest.mark.timeout(120)
+async def test_records_whose_own_time_is_an_hour_off_are_handled(kafka: str, database: str) -> None:
+    """Not the message's time but the record's, which a producer sets. (More than an hour ahead the broker refuses.)"""
+    world = a_world()
+    pair = Pair("servers", database, f"kafka://{kafka}")
+    async with pair.connect(world.till) as till:
+        sent: list[bytes] = []
+        for n, minutes in enumerate((-60, 59, -60 * 24 * 365), start=1):
+            one = record_of(world.till, world.sell(till=KEYS[0], n=n), world.commands)
+            one = changed(one, ce_time=None)  # then the record's time is the message's
+            at = clock.now() + timedelta(minutes=minutes)
+            headers = [(name.encode(), value) for name, value in one.headers]
+            sent.append(batch(record(0, one.key, one.value, headers), 1, time_ms=int(at.timestamp() * 1000)))
+        await produce(kafka, {(world.commands, 0): sent})
+        await eventually(lambda: folded(till), lambda found: found[KEYS[0]] == [1, 2, 3])
+        assert await all_letters(till.store) == []
+
+
 SERVICE = """
 from foldbus import Command, Decider, Event, Key, Service
 from pydantic import BaseModel
