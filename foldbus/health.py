@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bus.consumer import ConsumerEngine
 from bus.errors import FoldbusError
+from bus.topics import differences
+from bus.transport import TopicState
 from foldbus.watchdog import WatchdogSettings
 
 if TYPE_CHECKING:
@@ -158,15 +160,20 @@ async def _store(worker: Worker) -> list[str]:
 async def _bus(worker: Worker) -> list[str]:
     connection = worker.connection
     service = connection.service
-    wanted = {spec.name for spec in service.topics} | set(service.foreign_topics)
-    found: set[str] = set()
+    declared = (*service.topics, *service.expected_topics)
+    wanted = {spec.name for spec in declared} | set(service.foreign_topics)
+    found: dict[str, TopicState] = {}
 
     async def ask() -> None:
         found.update(await connection.transport.admin.describe(sorted(wanted)))
 
     silent = await _probed("the broker", ask(), worker)
-    missing = sorted(wanted - found)
-    return silent or ([f"topics are missing: {', '.join(missing)}"] if missing else [])
+    if silent:
+        return silent
+    missing = sorted(wanted - found.keys())
+    # Changed under a running worker: partitions that were added move keys, for one.
+    changed = [line for spec in declared if spec.name in found for line in differences(spec, found[spec.name])]
+    return [*([f"topics are missing: {', '.join(missing)}"] if missing else []), *changed]
 
 
 async def _probed(whom: str, question: Coroutine[Any, Any, object], worker: Worker) -> list[str]:
