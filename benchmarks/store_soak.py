@@ -379,6 +379,7 @@ class Soak:
             "store": "sqlite" if server is None else "postgres", "seed": options.seed, "kills": 0, "restarts": 0,
         }  # fmt: skip
         self.writers: dict[int, asyncio.subprocess.Process] = {}
+        self.written: dict[int, int] = {}
         self.until = 0.0
         self.evidence: tuple[Seen, dict[str, Any], array[int]] = (Seen(), {}, array("q"))
         """What the three readers were given."""
@@ -421,9 +422,15 @@ class Soak:
 
     async def start_writer(self, process: int) -> None:
         large = "large" if self.options.large else "small"
+        self.written[process] = self.journaled(process)
         self.writers[process] = await child(
             "write", self.where, self.directory, process, self.options.seed, self.until, large
         )
+
+    def journaled(self, process: int) -> int:
+        """Bytes that the writers of this process have noted down so far."""
+        journals = (self.directory / f"writer-{process * WRITERS + one}.jsonl" for one in range(WRITERS))
+        return sum(journal.stat().st_size for journal in journals if journal.exists())
 
     async def torment(self, seen: Seen, began: float) -> None:
         """Kills a writer process every so often, and the database in between."""
@@ -439,9 +446,10 @@ class Soak:
             for number, process in self.writers.items():
                 if process.returncode not in (None, 0, -signal.SIGKILL):
                     raise RuntimeError(f"writer process {number} ended with {process.returncode}")
-            if now >= next_kill:
+            number = rnd.randrange(options.processes)
+            # Not before it is at work: on a busy machine all would be killed while they start, for ever.
+            if now >= next_kill and self.journaled(number) > self.written[number]:
                 next_kill = now + options.kill_every_s * (0.5 + rnd.random())
-                number = rnd.randrange(options.processes)
                 if self.writers[number].returncode is None:
                     self.writers[number].kill()
                 await self.writers[number].wait()
