@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from bus.codec import check_size
-from bus.envelope import Envelope, Failure, StreamId, Version
+from bus.envelope import Failure, StreamId, Version
 from bus.errors import BadInput
 from bus.metrics import Metrics
 from bus.processing import Again, Done, Failed, Item, Result, Watermarks
@@ -23,13 +23,14 @@ from eventstore.errors import BadUnit
 from eventstore.port import (
     Append,
     Claim,
-    Fence,
+    Outcome,
     Store,
     Unit,
     Verdict,
     Watermark,
 )
 from foldbus.claims import Claims, Work
+from foldbus.parking import Parker
 from foldbus.snapshotting import Snapshotter
 from foldbus.states import Known, States
 
@@ -56,14 +57,16 @@ class UnitProcessor:
         commit_failpoint: str = "commit",
         cache_size: int = 10_000,
         snapshots: Snapshotter | None = None,
+        parker: Parker | None = None,
     ) -> None:
         self.group, self.consumer = group, consumer
         self._service, self._behaviour, self._store, self._wants = service, behaviour, store, wants
         self._ids, self._clock, self._metrics, self._failpoint = ids, clock, metrics, failpoint
         self._max_bytes = max_bytes
         self._claims = Claims(
-            consumer=consumer, service=service, store=store, ids=ids, clock=clock, metrics=metrics, max_bytes=max_bytes
-        )
+            consumer=consumer, service=service, store=store, ids=ids, clock=clock, metrics=metrics, max_bytes=max_bytes,
+            parker=parker,
+        )  # fmt: skip
         self._before, self._after = f"before-{commit_failpoint}", f"after-{commit_failpoint}"
         self.states = States(behaviour, store, clock=clock, metrics=metrics, cache_size=cache_size, snapshots=snapshots)
 
@@ -79,12 +82,14 @@ class UnitProcessor:
         states = dict(before)
         self._decide(works, states)
         await self._commit(works, states, before, watermarks)
+        await self._claims.set_aside(works)
+        _keep_order(works)
         return [work.result or Again() for work in works]
 
     async def _load(self, works: Sequence[Work]) -> dict[StreamId, Known]:
         wanted: dict[StreamId, bool] = {}
         for work in works:
-            if work.result is not None or work.unit is not None:
+            if work.result is not None or work.unit is not None or work.follows:
                 continue
             try:
                 work.stream = self._behaviour.stream_of(work.item.envelope)
@@ -106,11 +111,17 @@ class UnitProcessor:
         """In order, each on the state that the one before it leaves. What fails holds up its key and its stream."""
         blocked_keys: set[str] = set()
         blocked_streams: set[StreamId] = set()
+        earlier_keys: set[str] = set()
+        passing = any(work.step_parked for work in works)
         for work in works:
             envelope, stream = work.item.envelope, work.stream
+            if passing:
+                if work.step_parked and envelope.key in earlier_keys:
+                    blocked_keys.add(envelope.key)  # its unit goes in a call of its own, before the others'
+                earlier_keys.add(envelope.key)
             if envelope.key in blocked_keys or (stream is not None and stream in blocked_streams):
                 work.result, work.unit = Again(), None
-            elif isinstance(work.result, (Failed, Again)):
+            elif isinstance(work.result, (Failed, Again)) or work.follows:
                 blocked_keys.add(envelope.key)
             elif work.result is None and work.unit is None:
                 assert stream is not None
@@ -126,7 +137,7 @@ class UnitProcessor:
                     states.pop(stream)  # what `decide` may have left half changed
                     continue
                 work.decision = decision
-                work.unit = self._unit(envelope, stream, version, decision)
+                work.unit = self._unit(work, stream, version, decision)
                 states[stream] = (version + len(decision.events), decision.state)
 
     def _check_sizes(self, decision: Decision[Any]) -> None:
@@ -136,8 +147,8 @@ class UnitProcessor:
         if decision.reply is not None:
             check_size(decision.reply, self._max_bytes)
 
-    def _unit(self, envelope: Envelope, stream: StreamId, version: Version, decision: Decision[Any]) -> Unit:
-        fenced = envelope.undoes is not None
+    def _unit(self, work: Work, stream: StreamId, version: Version, decision: Decision[Any]) -> Unit:
+        envelope = work.item.envelope
         return Unit(
             claim=Claim(
                 self.consumer,
@@ -145,7 +156,7 @@ class UnitProcessor:
                 envelope.key,
                 reply=decision.reply,
                 fences=envelope.undoes,
-                fence=Fence.EXPECT_DONE if fenced else None,
+                fence=work.fence,
             ),
             appends=(Append(stream, version, decision.events),) if decision.events else (),
             asserts=() if decision.events else ((stream, version),),
@@ -164,17 +175,15 @@ class UnitProcessor:
         marks = self._marks(watermarks)
         self._failpoint.hit(self._before)
         try:
-            outcomes = await self._store.commit(
-                [work.unit for work in staged if work.unit is not None], watermarks=marks
-            )
+            outcomes = await self._written(staged, marks)
         except BadUnit as error:
-            await self._commit_one_by_one(staged, works, error)
+            await self._commit_one_by_one(staged, error)
             return
         self._failpoint.hit(self._after)
         lost: set[StreamId] = set()
         ended: set[StreamId] = set()
         resend: list[Unit] = []
-        for work, outcome in zip(staged, outcomes, strict=True):
+        for work, outcome in outcomes:
             work.result = self._claims.result(work, outcome, resend)
             if work.stream is not None and outcome.verdict is not Verdict.COMMITTED:
                 lost.add(work.stream)
@@ -187,9 +196,31 @@ class UnitProcessor:
                 self.states.won(stream, version, state)
         if resend:
             await self._store.commit(resend)
-        _keep_order(works)
 
-    async def _commit_one_by_one(self, staged: Sequence[Work], works: Sequence[Work], error: BadUnit) -> None:
+    async def _written(self, staged: Sequence[Work], marks: Sequence[Watermark]) -> list[tuple[Work, Outcome]]:
+        """One call for all, and before it one for each that leaves a queue, or makes another leave it. What is of the
+        key of such a one, behind it, finds the key free or joins the queue; behind an undo that lost it waits."""
+        if not any(map(self._claims.apart, staged)):
+            return await self._written_together(staged, marks)
+        outcomes: dict[Work, Outcome] = {}
+        lost: set[str] = set()
+        for work in staged:
+            key = work.item.envelope.key
+            if key in lost:
+                outcomes[work] = Outcome(Verdict.CONFLICT)
+            elif work.unit is not None and self._claims.apart(work):
+                outcome = outcomes[work] = await self._claims.commit(work, work.unit)
+                if work.item.parked is None and outcome.verdict is Verdict.CONFLICT:
+                    lost.add(key)
+        outcomes.update(await self._written_together([work for work in staged if work not in outcomes], marks))
+        return [(work, outcomes[work]) for work in staged]
+
+    async def _written_together(self, staged: Sequence[Work], marks: Sequence[Watermark]) -> list[tuple[Work, Outcome]]:
+        units = [work.unit for work in staged if work.unit is not None]
+        outcomes = await self._store.commit(units, watermarks=marks) if units or marks else ()
+        return list(zip(staged, outcomes, strict=True))
+
+    async def _commit_one_by_one(self, staged: Sequence[Work], error: BadUnit) -> None:
         """A unit that no store takes fails its message, as a bug does; the others of the batch are tried again alone.
         (Some may be committed: the standing tells.) The states of this batch are forgotten."""
         if len(staged) == 1:
@@ -204,9 +235,9 @@ class UnitProcessor:
                 key = work.item.envelope.key
                 work.item.examine = True
                 (work.result,) = [Again()] if key in waiting else await self.process([work.item], {})
+                work.unit = None
                 if not isinstance(work.result, Done):
                     waiting.add(key)
-        _keep_order(works)
 
     # --- giving up ----------------------------------------------------------------------------------------------
 
