@@ -14,6 +14,8 @@ STAMP := .venv/.stamp
 SOAK_S ?= 60
 STORE_SOAK_S ?= 600
 STORE_SOAK_EVENTS ?= 1000000
+BUS_SOAK_S ?= 150
+BUS_SOAK_MESSAGES ?= 100000
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -48,6 +50,8 @@ bench-peers: $(STAMP) servers
 soak: $(STAMP) servers
 	$(BIN)/python -m benchmarks.soak --seconds $(SOAK_S)
 	$(BIN)/python -m benchmarks.store_soak --seconds $(STORE_SOAK_S) --events $(STORE_SOAK_EVENTS)
+	$(BIN)/python -m benchmarks.bus_soak --seconds $(BUS_SOAK_S) --messages $(BUS_SOAK_MESSAGES)
+	$(BIN)/python -m benchmarks.bus_soak --seconds $(BUS_SOAK_S) --messages $(BUS_SOAK_MESSAGES) --policy hold --failing 0.01
 
 env: $(STAMP)
 
