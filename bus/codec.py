@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Protocol, cast
 from uuid import UUID
 
@@ -81,15 +82,16 @@ def decode_command(codec: Codec, envelope: Envelope, names: Collection[str]) -> 
 
 
 def kind_of(message: Message) -> Kind:
-    match message:
-        case Command():
-            return Kind.COMMAND
-        case Event():
-            return Kind.EVENT
-        case Query():
-            return Kind.QUERY
-        case _:
-            raise TypeError(f"{type(message).__qualname__} is neither a Command, an Event nor a Query")
+    return _facts(type(message))[0]
+
+
+@lru_cache(maxsize=1024)  # asked for every message that is encoded
+def _facts(cls: type[Message]) -> tuple[Kind, str]:
+    """Kind and type name of a class of messages."""
+    for base, kind in ((Command, Kind.COMMAND), (Event, Kind.EVENT), (Query, Kind.QUERY)):
+        if issubclass(cls, base):
+            return kind, str(cls.type_name)
+    raise TypeError(f"{cls.__qualname__} is neither a Command, an Event nor a Query")
 
 
 def reply_type_name(command_type: str) -> str:
@@ -147,10 +149,11 @@ class JsonCodec:
     ) -> Envelope:
         key = message.key
         check_key(key)
+        kind, name = _facts(type(message))
         return Envelope(
             id=origin.id,
-            kind=kind_of(message),
-            type=str(message.type_name),
+            kind=kind,
+            type=name,
             source=origin.source,
             key=key,
             data=to_bytes(message),

@@ -66,6 +66,7 @@ class ReplyTo:
     instance: str = ""
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Token:
     """Where in a log a unit ended: what `after=` waits for.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, Unpack, cast
 from uuid import UUID
 
@@ -183,6 +184,7 @@ class Event(Message):
                 )
 
 
+@lru_cache(maxsize=1024)  # asked for every command that is decided
 def _generic_argument(cls: type[BaseModel], origin: type[BaseModel]) -> object:
     for base in cls.__mro__:
         meta = getattr(base, "__pydantic_generic_metadata__", None)

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from bus.envelope import Envelope, StreamId
+from bus.quick import quick
 from eventstore.port import Bodies, CancelTimer, Timer
 
 S = TypeVar("S")
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Decision(Generic[S]):
     """What a message changes: events for its stream, messages to send, timers, an answer, and the state after it.

@@ -86,9 +86,14 @@ def check_envelope(envelope: Envelope) -> None:
 def _size(units: Sequence[Unit]) -> int:
     size = 0
     for unit in units:
-        size += sum(len(envelope.data) for append in unit.appends for envelope in append.envelopes)
-        size += sum(len(envelope.data) for envelope in unit.outgoing)
-        size += sum(len(timer.envelope.data) for timer in unit.timers if isinstance(timer, Timer))
+        for append in unit.appends:
+            for envelope in append.envelopes:
+                size += len(envelope.data)
+        for envelope in unit.outgoing:
+            size += len(envelope.data)
+        for timer in unit.timers:
+            if isinstance(timer, Timer):
+                size += len(timer.envelope.data)
         if unit.claim is not None and unit.claim.reply is not None:
             size += len(unit.claim.reply.data)
         if unit.dead_letter is not None:

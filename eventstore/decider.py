@@ -19,6 +19,7 @@ from bus.codec import Codec, decode_command, decoder_of_bodies, reply_envelope
 from bus.envelope import Envelope, Origin, ReplyOutcome, StreamId
 from bus.errors import UnknownType
 from bus.messages import Command, Event, Message, Refused
+from bus.quick import quick
 from bus.seams import Clock, Ids
 from eventstore.behaviour import Decision
 from eventstore.errors import EventStoreError
@@ -105,6 +106,7 @@ class Decider(Generic[S, C, E]):
         return f"Decider({self.category!r})"
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Aggregate:
     """A folded stream: its state, and which decider folded it."""
@@ -224,8 +226,9 @@ class DeciderBehaviour:
         """The answer to an undo whose step had no effect: ok, without a value."""
         return reply_envelope(undo, ReplyOutcome.OK, b"null", self._origin(undo, self._clock.now()))
 
-    def _check(self, decider: Decider[Any, Any, Any], command: Message, event: object) -> None:
-        if not isinstance(event, decider.events):
+    def _check(self, decider: Decider[Any, Any, Any], command: Message, event: Any) -> None:
+        # What is of the very class needs no look through pydantic's metaclass, which is slow.
+        if type(event) not in decider.events and not isinstance(event, decider.events):
             raise BadDecision(
                 f"{decider!r} decided {type(event).__name__} for {type(command).__name__}; wanted one of "
                 f"{', '.join(known.__name__ for known in decider.events)}; nothing was stored"
@@ -240,8 +243,7 @@ class DeciderBehaviour:
         self, decider: Decider[Any, Any, Any], state: Any, command: Message, events: Sequence[Event]
     ) -> BaseModel | None:
         name = type(command).__name__
-        assert isinstance(command, Command)
-        wanted = command.reply_type()
+        wanted = typing.cast("Command[Any]", command).reply_type()
         if decider.reply is not None:
             value: BaseModel | None = decider.reply(state, command, events)
             if value is not None and wanted is not None and not isinstance(value, wanted):
@@ -252,7 +254,7 @@ class DeciderBehaviour:
         elif wanted is None:
             return None
         else:
-            value = next((event for event in events if isinstance(event, wanted)), None)
+            value = next((event for event in events if type(event) is wanted or isinstance(event, wanted)), None)
         if value is None and wanted is not None:
             raise BadDecision(
                 f"{decider!r} decided {[type(event).__name__ for event in events]} for {name}, "
