@@ -8,8 +8,19 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from bus.errors import BusError, GroupInUse, MissingTopics
-from bus.transport import Assignment, Delivery, TopicSpec, Transport
-from tests.bus.transports import Child, Recorder, Rig, eventually, member, new_topic, put, unique, values
+from bus.transport import Assignment, Delivery, PollSettings, TopicSpec, Transport
+from tests.bus.transports import (
+    Child,
+    Recorder,
+    Rig,
+    eventually,
+    member,
+    new_topic,
+    open_transport,
+    put,
+    unique,
+    values,
+)
 
 
 async def test_placed_offsets_are_where_a_group_reads_on(transport: Transport) -> None:
@@ -150,3 +161,20 @@ async def test_a_member_that_reads_elsewhere_hears_nothing_of_it(transport: Tran
         await eventually(lambda: len(this.records) == 1, what="its record")
     assert [part for part in listener.assigned_parts if part.topic != one] == []
     assert {Assignment(part.topic, part.partition) for part in listener.assigned_parts} == {Assignment(one, 0)}
+
+
+async def test_a_topic_that_is_only_compacted_keeps_its_messages_whatever_its_retention_says(kafka: str) -> None:
+    """As others make them: a broker gives every topic a retention, and applies it only where it deletes."""
+    from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+    name = unique("theirs")
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
+    await admin.start()
+    try:
+        await admin.create_topics([NewTopic(name, 1, 1, topic_configs={"cleanup.policy": "compact"})])
+    finally:
+        await admin.close()
+    async with open_transport("kafka", kafka, PollSettings()) as transport:
+        await transport.admin.create([TopicSpec(name, 1)])  # is there, and can be used now
+        state = (await transport.admin.describe([name]))[name]
+    assert (state.retention_s, state.compact) == (None, True)
