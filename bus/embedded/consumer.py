@@ -160,6 +160,8 @@ class Member(Reader):
         self._member: groups.Membership | None = None
         self._understood = -1
         """The group's change number up to which this member's parts are what the file says."""
+        self._idle_told = False
+        """Does the listener know that the group has nothing for this member?"""
         self._polling = asyncio.Lock()
         self._closing = False
         self._idle_since: float | None = clock.monotonic()
@@ -263,6 +265,9 @@ class Member(Reader):
                 member, [s.lane for s in shares if s.meant and (s.free or s.held) and s.lane not in self._parts]
             )
             self._understood = change
+            if not self._idle_told and not any(share.meant for share in shares):
+                self._idle_told = True
+                await self._listener.assigned([], {})
 
     async def _let_go(self, member: groups.Membership, lanes: Sequence[int]) -> None:
         if lanes:
@@ -284,6 +289,7 @@ class Member(Reader):
         if not lanes:
             return
         parts = [self._parts.pop(lane).assignment for lane in lanes]  # from now on nothing is read from them
+        self._idle_told = False
         self._metrics.count("foldbus_partitions_revoked_total", len(parts), group=self._group)
         await self._listener.revoked(parts, lost=lost)
 

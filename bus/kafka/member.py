@@ -146,7 +146,7 @@ class KafkaMember:
         stored = {part: committed.get(tp) for part, tp in zip(parts, partitions_of(parts), strict=True)}
         self._parts = parts
         try:
-            answer: Mapping[Assignment, Offset] = await self._listener.assigned(parts, stored) if parts else {}
+            answer: Mapping[Assignment, Offset] = await self._listener.assigned(parts, stored)
         except BaseException:
             if given is self._given:
                 self._parts = ()

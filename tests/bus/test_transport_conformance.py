@@ -199,6 +199,23 @@ async def test_the_old_owner_drains_and_commits_before_the_new_one_starts(transp
                 assert [r.offset for r in b.records if r.assignment == part] == [7, 8, 9]
 
 
+async def test_a_member_for_whom_nothing_is_left_is_told_so_and_takes_over_when_there_is(
+    transport: Transport, rig: Rig
+) -> None:
+    topic, group = await new_topic(transport, partitions=1), unique("group")
+    async with rig.open() as other, member(other, group, topic, Recorder(name="b")) as second:
+        async with member(transport, group, topic) as first:
+            both = (first, second)
+            await eventually(
+                lambda: (
+                    all_partitions(both) == [0]
+                    and [m.listener.stood_by > 0 for m in both if not m.listener.held] == [True]
+                ),
+                what="one has it, the other knows that it stands by",
+            )
+        await eventually(lambda: second.listener.partitions == {0}, what="the one that stays has it")
+
+
 async def test_the_epoch_of_a_partition_rises_with_each_owner(transport: Transport, rig: Rig) -> None:
     topic, group = await new_topic(transport, partitions=1), unique("group")
     epochs: list[int] = []

@@ -165,6 +165,8 @@ class Recorder:
     revoked_parts: list[Assignment] = field(default_factory=list[Assignment])
     lost_parts: list[Assignment] = field(default_factory=list[Assignment])
     committed: dict[Assignment, int | None] = field(default_factory=dict[Assignment, "int | None"])
+    stood_by: int = 0
+    """How often it was told that the group has nothing for it."""
 
     @property
     def partitions(self) -> set[int]:
@@ -174,6 +176,7 @@ class Recorder:
         self, parts: Sequence[Assignment], committed: Mapping[Assignment, int | None]
     ) -> Mapping[Assignment, int]:
         assert set(committed) == set(parts)
+        self.stood_by += not parts
         self.held |= set(parts)
         self.assigned_parts += parts
         self.committed.update(committed)
