@@ -72,7 +72,7 @@ class Assignment:
 @dataclass(frozen=True, slots=True)
 class Delivery:
     """A record that was read, with the assignment it was read under. `time` is the record's timestamp (the broker's
-    or the producer's)."""
+    or the producer's). With a `flaw` it could not be read as it is, and that says why: it is for the dead letters."""
 
     assignment: Assignment
     offset: Offset
@@ -80,6 +80,7 @@ class Delivery:
     value: bytes | None
     headers: Headers
     time: datetime
+    flaw: str = ""
 
     @property
     def topic(self) -> str:
@@ -105,7 +106,8 @@ class Assignments(Protocol):
         self, parts: Sequence[Assignment], committed: Mapping[Assignment, Offset | None]
     ) -> Mapping[Assignment, Offset]:
         """Answers where to start reading each part: the next offset to be read. `committed` is the group's (None: none
-        yet; a part left out of the answer starts there, or at the beginning)."""
+        yet; a part left out of the answer starts there, or at the beginning). Called with nothing when the group has
+        nothing for this member: it stands by."""
         ...
 
     async def revoked(self, parts: Sequence[Assignment], *, lost: bool) -> None:
@@ -143,25 +145,32 @@ class Consumer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TopicSpec:
-    """What a service declares. `retention_s` None keeps for ever; `compact` keeps the latest record per key.
-    `max_bytes` bounds one record (value and headers)."""
+    """What a service declares. `retention_s` None keeps for ever; `compact` keeps the latest record per key, and a
+    record without a value is then a declared delete. `max_bytes` bounds one record (value and headers).
+
+    `keyed`: every record brings its key, or it is a dead letter. Without, the key of a record that brings none is read
+    from its message's own Key field: for topics of others whose producers send no keys. Such a producer spreads a key
+    over all partitions, so its messages are in order within a partition only."""
 
     name: str
     partitions: int = 12
     retention_s: float | None = None
     compact: bool = False
     max_bytes: int = 1_000_000
+    keyed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class TopicState:
-    """What the broker has."""
+    """What the broker has. `retention_s` None: no message goes because of its age. `lingers_s`: how much longer than
+    that one may stay, since old messages go together with those around them."""
 
     name: str
     partitions: int
     retention_s: float | None = None
     compact: bool = False
     max_bytes: int = 1_000_000
+    lingers_s: float = 0.0
 
 
 class TopicAdmin(Protocol):
@@ -178,8 +187,25 @@ class TopicAdmin(Protocol):
         """Per partition the first offset still held and the next one to be written. Raises MissingTopics."""
         ...
 
+    async def offsets_at(self, topic: str, time: datetime) -> Mapping[int, Offset]:
+        """Per partition the first offset still held whose record's time is at or after `time`; the end where there is
+        none. Raises MissingTopics."""
+        ...
+
     async def committed(self, group: str, topics: Sequence[str]) -> Mapping[tuple[str, int], Offset]:
         """A group's committed offsets, also when it has no members."""
+        ...
+
+    async def members(self, group: str) -> int:
+        """How many are in the group now, as far as the broker knows: one that was killed counts until its session
+        ends. 0 for a group that there is not."""
+        ...
+
+    async def place(self, group: str, offsets: Mapping[tuple[str, int], Offset]) -> None:
+        """Sets a group's offsets, per (topic, partition), also backwards and also for a group that there is not yet.
+
+        Raises GroupInUse when the group has members (checked by the broker, together with setting them), MissingTopics;
+        nothing was set then. TransportUnavailable: unknown, call again."""
         ...
 
 
@@ -221,4 +247,5 @@ class PollSettings:
     rebalance_timeout_s: float = 60.0
     request_timeout_s: float = 30.0
     publish_deadline_s: float = 30.0
-    extra: Mapping[str, str] = field(default_factory=dict[str, str])
+    extra: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
+    """What only one adapter knows; it may hold passwords."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from bus.embedded.log import tick_clock
 from bus.envelope import Offset
-from bus.errors import Fenced
+from bus.errors import Fenced, GroupInUse
 from bus.transport import PollSettings
 
 
@@ -150,6 +150,30 @@ def committed(conn: sqlite3.Connection, group: str) -> Mapping[int, Offset]:
         (group,),
     )
     return dict(rows.fetchall())
+
+
+def living(conn: sqlite3.Connection, group: str, *, now: float) -> int:
+    """How many members of the group have not missed their time. A read."""
+    ((count,),) = conn.execute(
+        "SELECT count(*) FROM members m JOIN consumer_groups g ON g.id = m.group_id WHERE g.name = ?1"
+        " AND m.alive_until >= ?2 AND m.alive_until <= ?2 + m.session_s",
+        (group, now),
+    ).fetchall()
+    return int(count)
+
+
+def place(conn: sqlite3.Connection, group: str, offsets: Mapping[int, Offset], *, now: float) -> None:
+    """Sets the group's offsets by lane. Raises GroupInUse while it has living members."""
+    members = living(conn, group, now=now)
+    if members:
+        raise GroupInUse(f"group {group} has {members} members; no offset was set")
+    conn.execute("INSERT INTO consumer_groups (name) VALUES (?) ON CONFLICT (name) DO NOTHING", (group,))
+    ((group_id,),) = conn.execute("SELECT id FROM consumer_groups WHERE name = ?", (group,)).fetchall()
+    conn.executemany(
+        "INSERT INTO shares (group_id, lane, committed) VALUES (?1, ?2, ?3)"
+        " ON CONFLICT (group_id, lane) DO UPDATE SET committed = excluded.committed",
+        [(group_id, lane, offset) for lane, offset in offsets.items()],
+    )
 
 
 def beat(conn: sqlite3.Connection, member_ids: Collection[int], *, now: float) -> tuple[int, int]:

@@ -34,8 +34,8 @@ class Topic:
     max_bytes: int
     lanes: tuple[int, ...]
 
-    def state(self) -> TopicState:
-        return TopicState(self.name, len(self.lanes), self.retention_s, self.compact, self.max_bytes)
+    def state(self, *, lingers_s: float) -> TopicState:
+        return TopicState(self.name, len(self.lanes), self.retention_s, self.compact, self.max_bytes, lingers_s)
 
 
 # --- headers ---------------------------------------------------------------------------------------------------------
@@ -111,6 +111,18 @@ def bounds(conn: sqlite3.Connection, lanes: Sequence[int]) -> Mapping[int, tuple
         (json.dumps(lanes),),
     )
     return {lane: (first, end) for lane, first, end in rows.fetchall()}
+
+
+def first_at(conn: sqlite3.Connection, lanes: Sequence[int], time_us: int) -> Mapping[int, Offset]:
+    """The first offset held whose record is not older than that, else the next one to be written. Reads the lanes."""
+    found: dict[int, Offset] = {}
+    for lane, (_, end) in bounds(conn, lanes).items():
+        base = lane << LANE_BITS
+        ((first,),) = conn.execute(
+            "SELECT min(id) FROM records WHERE id >= ? AND id < ? AND time_us >= ?", (base, base + end, time_us)
+        ).fetchall()
+        found[lane] = end if first is None else first - base
+    return found
 
 
 # --- append and read -------------------------------------------------------------------------------------------------

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
 
 from bus.embedded import groups, log
 from bus.embedded.hub import Hub
 from bus.embedded.writer import Writer
 from bus.envelope import Offset
-from bus.errors import MissingTopics
+from bus.errors import BusError, MissingTopics
+from bus.seams import Clock
 from bus.transport import TopicSpec, TopicState
 
 
 class Topics:
-    """A `TopicAdmin`."""
+    """A `TopicAdmin`. `lingers_s`: how late what retention allows to go may be, at most, while anybody has it open."""
 
-    def __init__(self, hub: Callable[[], Hub], writer: Writer) -> None:
-        self._hub, self._writer = hub, writer
+    def __init__(self, hub: Callable[[], Hub], writer: Writer, clock: Clock, *, lingers_s: float) -> None:
+        self._hub, self._writer, self._clock, self._lingers_s = hub, writer, clock, lingers_s
         self._known: dict[str, log.Topic] = {}
 
     def known(self, name: str) -> log.Topic | None:
@@ -49,7 +51,8 @@ class Topics:
         return found
 
     async def describe(self, names: Collection[str]) -> Mapping[str, TopicState]:
-        return {name: topic.state() for name, topic in (await self._find(names)).items()}
+        found = await self._find(names)
+        return {name: topic.state(lingers_s=self._lingers_s) for name, topic in found.items()}
 
     async def create(self, specs: Sequence[TopicSpec]) -> None:
         await self._writer.run(lambda conn: log.create(conn, specs), durable=True)
@@ -59,6 +62,12 @@ class Topics:
         bounds = await self._hub().read(lambda conn: log.bounds(conn, lanes))
         return {partition: bounds[lane] for partition, lane in enumerate(lanes)}
 
+    async def offsets_at(self, topic: str, time: datetime) -> Mapping[int, Offset]:
+        lanes = (await self.get(topic)).lanes
+        time_us = int(time.timestamp() * 1_000_000)
+        found = await self._hub().read(lambda conn: log.first_at(conn, lanes, time_us))
+        return {partition: found[lane] for partition, lane in enumerate(lanes)}
+
     async def committed(self, group: str, topics: Sequence[str]) -> Mapping[tuple[str, int], Offset]:
         known = await self._find(topics)
         places = {
@@ -66,3 +75,18 @@ class Topics:
         }
         rows = await self._hub().read(lambda conn: groups.committed(conn, group))
         return {places[lane]: offset for lane, offset in rows.items() if lane in places}
+
+    async def members(self, group: str) -> int:
+        return await self._hub().read(lambda conn: groups.living(conn, group, now=self._clock.monotonic()))
+
+    async def place(self, group: str, offsets: Mapping[tuple[str, int], Offset]) -> None:
+        topics = {topic.name: topic for topic in await self.all(sorted({name for name, _ in offsets}))}
+        wanted: dict[int, Offset] = {}
+        for (name, partition), offset in offsets.items():
+            lanes = topics[name].lanes
+            if not 0 <= partition < len(lanes):
+                raise BusError(f"{name} has {len(lanes)} partitions, no number {partition}; nothing was set")
+            wanted[lanes[partition]] = offset
+        await self._writer.run(
+            lambda conn: groups.place(conn, group, wanted, now=self._clock.monotonic()), durable=True
+        )

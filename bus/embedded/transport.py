@@ -70,7 +70,7 @@ class EmbeddedTransport:
         self._keyless = itertools.count()
         self._trim_every_s = trim_every_s
         self._trim_at = clock.monotonic() + trim_every_s * rng.random()
-        self.admin = Topics(lambda: self._reads, self._writer)
+        self.admin = Topics(lambda: self._reads, self._writer, clock, lingers_s=trim_every_s + settings.heartbeat_s * 2)
 
     @classmethod
     @asynccontextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from datetime import datetime
+from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -14,15 +15,18 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import (
     GroupCoordinatorNotAvailableError,
     GroupLoadInProgressError,
+    IllegalGenerationError,
     KafkaError,
     NotCoordinatorForGroupError,
+    RebalanceInProgressError,
     TopicAlreadyExistsError,
+    UnknownMemberIdError,
     UnknownTopicOrPartitionError,
     for_code,
 )
 
 from bus.envelope import Offset
-from bus.errors import BusError, MissingTopics, TransportUnavailable
+from bus.errors import BusError, GroupInUse, MissingTopics, TransportUnavailable
 from bus.kafka import internals
 from bus.transport import PollSettings, TopicSpec, TopicState
 
@@ -30,8 +34,21 @@ log = logging.getLogger("foldbus.bus")
 
 RECORD_OVERHEAD_BYTES = 2048
 """`max.message.bytes` bounds a batch of one record: its header, the record's own lengths and those of its headers."""
+SEGMENT_MAX_S = 7 * 86_400.0
+SEGMENT_MIN_S = 60.0
+SEGMENTS = 4
+"""Old messages go a segment at a time, once the youngest in it is old enough: so many of them make up a topic's
+retention, lest some stay twice as long (Kafka's own segments last a week)."""
+CHECK_S = 300.0
+"""How often a broker looks for what is old enough, unless it is told otherwise (`log.retention.check.interval.ms`)."""
 _RETRY_S = 0.05
 _NO_ERROR = 0
+_MOVING = (GroupCoordinatorNotAvailableError, GroupLoadInProgressError, NotCoordinatorForGroupError)
+"""The broker makes its offsets topic, or a coordinator moves: ask again."""
+_OCCUPIED = (UnknownMemberIdError, IllegalGenerationError, RebalanceInProgressError)
+"""What a broker answers to offsets from somebody who is no member of a group that has some."""
+
+T = TypeVar("T")
 
 
 class KafkaAdmin:
@@ -85,21 +102,17 @@ class KafkaAdmin:
             await self._until_usable(client, wanted)
 
     async def offsets(self, topic: str) -> Mapping[int, tuple[Offset, Offset]]:
-        state = (await self.describe([topic])).get(topic)
-        if state is None:
-            raise MissingTopics([topic])
-        parts = [TopicPartition(topic, partition) for partition in range(state.partitions)]
-        async with self._bounded(f"reading the offsets of {topic}"):
-            # Without a topic and a group this is a client that asks the partitions' leaders, no more.
-            raw: Any = AIOKafkaConsumer(**self._options, group_id=None, enable_auto_commit=False)
-            try:
-                await raw.start()
-                raw.assign(parts)
-                first = await raw.beginning_offsets(parts)
-                end = await raw.end_offsets(parts)
-            finally:
-                await raw.stop()
+        async with self._reader(topic, "reading the offsets") as (raw, parts):
+            first = await raw.beginning_offsets(parts)
+            end = await raw.end_offsets(parts)
         return {part.partition: (first[part], end[part]) for part in parts}
+
+    async def offsets_at(self, topic: str, time: datetime) -> Mapping[int, Offset]:
+        milliseconds = max(0, int(time.timestamp() * 1000))
+        async with self._reader(topic, "reading the offsets by time") as (raw, parts):
+            found = await raw.offsets_for_times(dict.fromkeys(parts, milliseconds))
+            end = await raw.end_offsets(parts)
+        return {part.partition: end[part] if found.get(part) is None else found[part].offset for part in parts}
 
     async def committed(self, group: str, topics: Sequence[str]) -> Mapping[tuple[str, int], Offset]:
         states = await self.describe(topics)
@@ -108,16 +121,68 @@ class KafkaAdmin:
             return {}
         async with self._bounded(f"reading the offsets of group {group}"):
             client = await self._started()
-            found: dict[Any, Any] | None = None
-            while found is None:
-                try:
-                    found = await client.list_consumer_group_offsets(group, partitions=parts)
-                except (GroupCoordinatorNotAvailableError, GroupLoadInProgressError, NotCoordinatorForGroupError):
-                    await asyncio.sleep(_RETRY_S)  # the broker makes its offsets topic, or a coordinator moves
+            found: dict[Any, Any] = await _coordinated(
+                lambda: client.list_consumer_group_offsets(group, partitions=parts)
+            )
         return {(part.topic, part.partition): at.offset for part, at in found.items() if at.offset >= 0}
 
+    async def members(self, group: str) -> int:
+        async with self._bounded(f"looking at group {group}"):
+            client = await self._started()
+            while True:
+                (response,) = await _coordinated(lambda: client.describe_consumer_groups([group]))
+                ((code, *facts),) = response.groups
+                error = for_code(code)
+                if code == _NO_ERROR:
+                    return len(facts[4])
+                if not issubclass(error, _MOVING):
+                    raise _failed(f"group {group} cannot be described: {error.__name__}", error)
+                await asyncio.sleep(_RETRY_S)
+
+    async def place(self, group: str, offsets: Mapping[tuple[str, int], Offset]) -> None:
+        if not offsets:
+            return
+        names = sorted({topic for topic, _ in offsets})
+        states = await self.describe(names)
+        if missing := [name for name in names if name not in states]:
+            raise MissingTopics(missing)
+        for name, partition in offsets:
+            if not 0 <= partition < states[name].partitions:
+                raise BusError(
+                    f"{name} has {states[name].partitions} partitions, no number {partition}; nothing was set"
+                )
+        async with self._bounded(f"placing group {group}"):
+            client = await self._started()
+            while True:
+                codes = await _coordinated(lambda: internals.commit_offsets(client, group, offsets))
+                errors = [for_code(code) for code in codes if code != _NO_ERROR]
+                if not errors:
+                    return
+                if any(issubclass(error, _OCCUPIED) for error in errors):
+                    raise GroupInUse(f"group {group} has members ({errors[0].__name__}); no offset was set")
+                for error in errors:
+                    if not issubclass(error, _MOVING):
+                        raise _failed(f"offsets of group {group} were not set: {error.__name__}", error)
+                await asyncio.sleep(_RETRY_S)
+
+    @asynccontextmanager
+    async def _reader(self, topic: str, what: str) -> AsyncGenerator[tuple[Any, list[TopicPartition]]]:
+        """A client that asks the leaders of a topic's partitions, no more. Raises MissingTopics."""
+        state = (await self.describe([topic])).get(topic)
+        if state is None:
+            raise MissingTopics([topic])
+        parts = [TopicPartition(topic, partition) for partition in range(state.partitions)]
+        async with self._bounded(f"{what} of {topic}"):
+            raw: Any = AIOKafkaConsumer(**self._options, group_id=None, enable_auto_commit=False)
+            try:
+                await raw.start()
+                raw.assign(parts)
+                yield raw, parts
+            finally:
+                await raw.stop()
+
     async def _configs(self, client: Any, names: Collection[str]) -> dict[str, dict[str, str]]:
-        wanted = {"retention.ms": "", "cleanup.policy": "", "max.message.bytes": ""}
+        wanted = dict.fromkeys(("retention.ms", "cleanup.policy", "max.message.bytes", "segment.ms"), "")
         resources = [ConfigResource(ConfigResourceType.TOPIC, name, configs=wanted) for name in names]
         found: dict[str, dict[str, str]] = {}
         for response in await client.describe_configs(resources):
@@ -159,6 +224,14 @@ class KafkaAdmin:
             raise _failed(f"{what}: {error!r}", type(error)) from error
 
 
+async def _coordinated(ask: Callable[[], Awaitable[T]]) -> T:
+    while True:
+        try:
+            return await ask()
+        except _MOVING:
+            await asyncio.sleep(_RETRY_S)
+
+
 def _failed(what: str, error: type[BaseException]) -> BusError:
     return TransportUnavailable(what) if getattr(error, "retriable", True) else BusError(what)
 
@@ -175,22 +248,29 @@ def _known(code: int, name: str) -> bool:
 
 def _state(name: str, topic: Mapping[str, Any], config: Mapping[str, str]) -> TopicState:
     retention_ms = int(config["retention.ms"])
+    policies = config["cleanup.policy"].replace(" ", "").split(",")
     return TopicState(
         name,
         len(topic["partitions"]),
-        retention_s=None if retention_ms < 0 else retention_ms / 1000,
-        compact="compact" in config["cleanup.policy"],
+        # A topic that is only compacted has a retention, too, which nobody applies.
+        retention_s=None if retention_ms < 0 or "delete" not in policies else retention_ms / 1000,
+        compact="compact" in policies,
         max_bytes=max(0, int(config["max.message.bytes"]) - RECORD_OVERHEAD_BYTES),
+        lingers_s=int(config["segment.ms"]) / 1000 + CHECK_S,
     )
 
 
 def _config(spec: TopicSpec) -> dict[str, str]:
     retention_ms = -1 if spec.retention_s is None else round(spec.retention_s * 1000)
-    return {
+    config = {
         "retention.ms": str(retention_ms),
         "cleanup.policy": _policy(spec),
         "max.message.bytes": str(spec.max_bytes + RECORD_OVERHEAD_BYTES),
     }
+    if spec.retention_s is not None:
+        segment_s = min(SEGMENT_MAX_S, max(SEGMENT_MIN_S, spec.retention_s / SEGMENTS))
+        config["segment.ms"] = str(round(segment_s * 1000))
+    return config
 
 
 def _policy(spec: TopicSpec) -> str:

@@ -7,9 +7,10 @@ what is used here. aiokafka has no types; what it hands out is `Any` and is narr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
+from aiokafka.protocol.commit import OffsetCommitRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
 ABANDON_TIMEOUT_S = 5.0
@@ -19,6 +20,20 @@ async def topics_metadata(admin: Any, names: Sequence[str]) -> list[Any]:
     """Metadata of these topics. The public `describe_topics` lets the broker create what it is asked about."""
     response = await admin._send_request(MetadataRequest(list(names), allow_auto_topic_creation=False))
     return list(response.to_object()["topics"])
+
+
+async def commit_offsets(admin: Any, group: str, offsets: Mapping[tuple[str, int], int]) -> list[int]:
+    """Sets a group's offsets as somebody who is no member of it; answers the error codes. The public admin client can
+    only read them; a consumer that is no member could commit, and would begin to fetch."""
+    topics: dict[str, list[tuple[int, int, str]]] = {}
+    for (topic, partition), offset in sorted(offsets.items()):
+        topics.setdefault(topic, []).append((partition, offset, ""))
+    request = OffsetCommitRequest(
+        group, OffsetCommitRequest.DEFAULT_GENERATION_ID, "", OffsetCommitRequest.DEFAULT_RETENTION_TIME,
+        list(topics.items()),
+    )  # fmt: skip
+    response = await admin._send_request(request, await admin.find_coordinator(group))
+    return [code for _, partitions in response.topics for _, code in partitions]
 
 
 def membership_lost(raw: Any) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from datetime import datetime
 
 import pytest
 
@@ -17,7 +18,11 @@ EVENTS = TopicSpec("orders.events", partitions=12)
 
 
 def as_declared(*specs: TopicSpec) -> dict[str, TopicState]:
-    return {spec.name: TopicState(**asdict(spec)) for spec in specs}
+    known = {field.name for field in fields(TopicState)}
+    return {
+        spec.name: TopicState(**{name: value for name, value in asdict(spec).items() if name in known})
+        for spec in specs
+    }
 
 
 class MemoryAdmin:
@@ -41,7 +46,16 @@ class MemoryAdmin:
     async def offsets(self, topic: str) -> Mapping[int, tuple[int, int]]:
         raise NotImplementedError
 
+    async def offsets_at(self, topic: str, time: datetime) -> Mapping[int, int]:
+        raise NotImplementedError
+
     async def committed(self, group: str, topics: Sequence[str]) -> Mapping[tuple[str, int], int]:
+        raise NotImplementedError
+
+    async def members(self, group: str) -> int:
+        raise NotImplementedError
+
+    async def place(self, group: str, offsets: Mapping[tuple[str, int], int]) -> None:
         raise NotImplementedError
 
 
@@ -147,3 +161,51 @@ async def test_a_services_topics_are_applied_and_then_valid_on_every_transport(t
     assert await apply(transport.admin, topics) == Plan()
     with pytest.raises(TopicMismatch, match="has 2 partitions, declared are 3"):
         await validate(transport.admin, [replace(topics[0], partitions=3)])
+
+
+# --- topics of others, and overrides ---------------------------------------------------------------------------------
+
+LEGACY = TopicSpec("legacy.customers", partitions=3, compact=True)
+
+
+def test_topics_of_others_are_compared_and_never_created() -> None:
+    assert plan([EVENTS], as_declared(EVENTS), foreign=[LEGACY]) == Plan(absent=("legacy.customers",))
+    assert plan([EVENTS], as_declared(EVENTS, LEGACY), foreign=[LEGACY]) == Plan()
+    grown = as_declared(EVENTS, replace(LEGACY, partitions=4))
+    (line,) = plan([EVENTS], grown, foreign=[LEGACY]).mismatches
+    assert line.startswith("topic 'legacy.customers' has 4 partitions, declared are 3")
+
+
+def test_what_its_owner_declares_is_created_whoever_else_declares_it() -> None:
+    assert plan([LEGACY], {}, foreign=[LEGACY]) == Plan(create=(LEGACY,))
+    with pytest.raises(TopicMismatch, match="declared twice and differently"):
+        plan([LEGACY], {}, foreign=[replace(LEGACY, partitions=4)])
+    assert plan([LEGACY], {}, foreign=[replace(LEGACY, keyed=False)]) == Plan(create=(LEGACY,))
+
+
+@pytest.mark.parametrize(("retention_s", "policy"), [(None, "compact"), (60.0, "compact,delete")])
+def test_a_topic_that_should_be_compacted_and_is_not_is_told(retention_s: float | None, policy: str) -> None:
+    spec = replace(LEGACY, retention_s=retention_s)
+    (line,) = plan([], as_declared(replace(spec, compact=False)), foreign=[spec]).mismatches
+    assert f"is not compacted, declared is one that is: set cleanup.policy={policy}," in line
+
+
+async def test_a_service_starts_without_a_topic_of_others_and_not_with_another_one() -> None:
+    admin = MemoryAdmin(*as_declared(EVENTS).values())
+    await validate(admin, [EVENTS], [LEGACY])
+    assert (await apply(admin, [EVENTS], [LEGACY])).absent == ("legacy.customers",)
+    assert admin.created == []
+    admin.topics |= as_declared(replace(LEGACY, partitions=4))
+    for check in (validate, apply):
+        with pytest.raises(TopicMismatch, match=r"'legacy\.customers' has 4 partitions, declared are 3"):
+            await check(admin, [EVENTS], [LEGACY])
+
+
+def test_a_declared_topic_stands_for_the_default_of_its_name_or_is_one_more() -> None:
+    commands, more = TopicSpec("orders.commands", 2, retention_s=60.0), TopicSpec("orders.prices", 1, compact=True)
+    topics = service_topics("orders", instead=[commands, more])
+    assert [spec.name.removeprefix("orders.") for spec in topics] == [
+        "commands", "events", "replies", "inbox", "dlq", "prices",
+    ]  # fmt: skip
+    assert (topics[0], topics[-1]) == (commands, more)
+    assert topics[1] == TopicSpec("orders.events")
