@@ -17,12 +17,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
-from bus.engine.lanes import BrokenProcessor, GivenUp, Lanes
+from bus.engine.lanes import BrokenProcessor, Gate, GivenUp, Lanes
 from bus.engine.partitions import Partitions
+from bus.engine.pulse import Pulse
 from bus.engine.pump import Pump
 from bus.engine.queues import Entry, KeyQueues
 from bus.engine.settings import EngineSettings
-from bus.envelope import Envelope
+from bus.envelope import Envelope, Offset
 from bus.errors import TransportUnavailable
 from bus.metrics import Metrics
 from bus.processing import Item, Processor, Result
@@ -41,6 +42,8 @@ class ConsumerEngine:
     while `process` runs, never for a key that is in that batch.
     """
 
+    pump_type = Pump
+
     def __init__(
         self,
         transport: Transport,
@@ -54,14 +57,16 @@ class ConsumerEngine:
         failpoint: Failpoint,
         rng: Random | None = None,
         code_version: str = "",
+        gate: Gate | None = None,
     ) -> None:
         self._transport, self._topics, self._processor, self._parse = transport, tuple(topics), processor, parse
         self._settings, self._clock, self._metrics, self._failpoint = settings, clock, metrics, failpoint
-        self._rng, self._code_version = rng or Random(), code_version
+        self._rng, self._code_version, self._gate = rng or Random(), code_version, gate
         self._group = processor.group
         self._running = self._stop_asked = False
         self._stopped_at = 0.0
         self._lag: dict[tuple[str, int], int] = {}
+        self._ends: dict[tuple[str, int], Offset] = {}
         self._offered: set[asyncio.Future[Result]] = set()
         self._put_together()
 
@@ -69,19 +74,23 @@ class ConsumerEngine:
         """The parts of one run, empty."""
         settings, clock, metrics, rng = self._settings, self._clock, self._metrics, self._rng
         self._stop = asyncio.Event()
+        self.pulse = Pulse(clock)
+        self._stood: dict[tuple[str, int], tuple[Offset, Offset, float]] = {}
         self._queues = KeyQueues(clock, per_key_max=settings.per_key_max)
         self._partitions = Partitions(
             self._transport, self._processor, self._queues, settings,
-            clock=clock, metrics=metrics, failpoint=self._failpoint, rng=rng, stop=self._stop,
+            clock=clock, metrics=metrics, failpoint=self._failpoint, rng=rng, stop=self._stop, pulse=self.pulse,
         )  # fmt: skip
         self._lanes = Lanes(
             self._processor, self._queues, self._partitions, settings,
             clock=clock, metrics=metrics, rng=rng, code_version=self._code_version,
         )  # fmt: skip
-        self._pump = Pump(
+        self._pump = self.pump_type(
             self._transport, self._topics, self._processor, self._parse, self._queues, self._partitions, settings,
             clock=clock, metrics=metrics, rng=rng, code_version=self._code_version, stop=self._stop,
+            pulse=self.pulse,
         )  # fmt: skip
+        self._lanes.gate = self._pump.gate = self._gate
 
     # -- what it is asked ---------------------------------------------------------------------------------------------
 
@@ -110,12 +119,13 @@ class ConsumerEngine:
         self._halt()
 
     def offer(self, item: Item) -> asyncio.Future[Result] | None:
-        """A timer's message joins the queue of its key, without an offset.
+        """A message of a timer, or one whose turn it is in its key's queue in the database, joins the queue of its key
+        here, without an offset.
 
-        None when there is no room (`offers_max`) or the engine does not run: offer it again later. The future answers
-        Done, or Failed with `GivenUp` when it went to the dead letters; it is cancelled when the engine ends first.
+        None when there is no `room`: offer it again later. The future answers Done (Aside, when it is parked), or
+        Failed with `GivenUp` when it went to the dead letters; it is cancelled when the engine ends first.
         """
-        if not self._running or self._stop.is_set() or self._queues.offers >= self._settings.offers_max:
+        if self.room <= 0:
             return None
         ended: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._offered.add(ended)
@@ -123,6 +133,17 @@ class ConsumerEngine:
         queue = self._queues.queue(item.envelope.key)
         self._queues.put(Entry(queue, item, None, None, 0, 0, ended=ended))
         return ended
+
+    @property
+    def group(self) -> str:
+        return self._group
+
+    @property
+    def room(self) -> int:
+        """How many messages may be offered now (`offers_max`); 0 when the engine does not run."""
+        if not self._running or self._stop.is_set():
+            return 0
+        return max(0, self._settings.offers_max - self._queues.offers)
 
     @property
     def in_flight(self) -> int:
@@ -144,6 +165,33 @@ class ConsumerEngine:
         return self._pump.last_poll
 
     @property
+    def waiting_since(self) -> float | None:
+        """Since when its group has told it nothing of its parts (`clock.monotonic()`). None: it has, be they none; or
+        it is no member at all."""
+        return self._partitions.waiting_since
+
+    @property
+    def unavailable(self) -> str | None:
+        """Why the last poll or the last try to join brought nothing, when the broker did not answer."""
+        return self._pump.unavailable
+
+    @property
+    def shut(self) -> bool:
+        """Does its gate let nothing through now?"""
+        return self._pump.gate is not None and self._pump.gate() == 0
+
+    @property
+    def oldest_at_work(self) -> float | None:
+        """Since when the longest call of the processor goes on (`clock.monotonic()`); None: it has nothing."""
+        return self._lanes.oldest
+
+    @property
+    def standing(self) -> Mapping[tuple[str, int], float]:
+        """Seconds for which nothing has come of parts whose end grew meanwhile, though nobody paused them."""
+        now = self._clock.monotonic()
+        return {where: now - since for where, (_, end, since) in self._stood.items() if self._ends.get(where, 0) > end}
+
+    @property
     def assignments(self) -> tuple[Assignment, ...]:
         return tuple(self._partitions.live)
 
@@ -161,7 +209,7 @@ class ConsumerEngine:
         """Has this member handled all that its parts hold now? False before it joined. Markers of a foreign producer's
         transactions at the very end of a partition look like records not read yet."""
         consumer = self._partitions.consumer
-        if consumer is None or not self._partitions.joined or not self.idle:
+        if consumer is None or not self._partitions.joined or self.waiting_since is not None or not self.idle:
             return False
         try:
             ends = await consumer.end_offsets()
@@ -209,6 +257,7 @@ class ConsumerEngine:
         except TransportUnavailable as error:
             log.info("%s: end offsets are unknown: %s", self._group, error)
             return
+        self._look_for_standing(ends)
         self._lag = {
             part.where: max(0, ends[assignment] - part.watermark)
             for assignment, part in parts.items()
@@ -218,6 +267,21 @@ class ConsumerEngine:
             self._metrics.gauge("foldbus_lag", behind, group=self._group, topic=topic, partition=str(partition))
         self._metrics.gauge("foldbus_in_flight", self._queues.in_flight, group=self._group)
         self._metrics.gauge("foldbus_in_flight_bytes", self._queues.in_flight_bytes, group=self._group)
+
+    def _look_for_standing(self, ends: Mapping[Assignment, Offset]) -> None:
+        """A client may lose track of a partition without a word (after a broker's restart, for one): what is there is
+        then seen by nobody. Noted are position, end and time since when the position has not moved."""
+        now, before = self._clock.monotonic(), self._stood
+        self._stood, self._ends = {}, {}
+        for assignment, part in self._partitions.live.items():
+            end = ends.get(assignment, part.position)
+            if end <= part.position or part.paused:
+                continue
+            position, seen, since = before.get(part.where, (part.position, end, now))
+            self._stood[part.where] = (
+                (position, seen, since) if position == part.position else (part.position, end, now)
+            )
+            self._ends[part.where] = end
 
     def _halt(self) -> None:
         if not self._stop.is_set():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 from bus.engine.partitions import Partitions
@@ -16,12 +16,16 @@ from bus.engine.queues import Entry, KeyQueue, KeyQueues, State
 from bus.engine.settings import EngineSettings, failure_of
 from bus.errors import BadInput, BusError
 from bus.metrics import Metrics
-from bus.processing import Again, Done, Failed, Item, Processor, Result
+from bus.processing import Again, Aside, Done, Failed, Item, Processor, Result
 from bus.seams import Clock
 
 log = logging.getLogger("foldbus.bus")
 
 DONE = Done()
+Gate = Callable[[], int | None]
+"""How many messages may go to work now; None: as many as there are. Shut (0) while a dependency is taken for down."""
+GATE_S = 0.2
+"""How often it is asked again."""
 AGAINS_AT_ONCE = 3
 """So many lost races in a row are taken up again at once, further ones wait a little longer each time."""
 
@@ -47,19 +51,32 @@ class Lanes:
         self._settings, self._clock, self._metrics, self._rng = settings, clock, metrics, rng
         self._code_version = code_version
         self._group = processor.group
+        self._begun: dict[object, float] = {}
+        self.gate: Gate | None = None
+
+    @property
+    def oldest(self) -> float | None:
+        """Since when the call that has gone on longest is at work (`clock.monotonic()`); None: nothing is."""
+        return min(self._begun.values(), default=None)
 
     async def work(self) -> None:
         """One lane, until cancelled."""
+        lane = object()
         queues, processor, limit_max = self._queues, self._processor, self._settings.batch_size_max
         limit, failures = limit_max, 0
         while True:
-            batch = queues.take(limit)
+            free = None if self.gate is None else self.gate()
+            batch = queues.take(limit if free is None else min(limit, free))
+            if not batch and free is not None:
+                await asyncio.sleep(GATE_S)
+                continue
             if not batch:
                 queues.work.clear()
                 await queues.work.wait()
                 continue
             items: list[Item] = [entry.item for entry in batch if entry.item is not None]
             marks = self._partitions.marks()
+            self._begun[lane] = self._clock.monotonic()
             try:
                 results = await processor.process(items, marks)
             except Exception as error:
@@ -67,8 +84,10 @@ class Lanes:
                 # Should it be one message that upsets the whole call, halving finds a batch without it.
                 limit = max(1, len(batch) // 2)
                 self._nothing_known(batch, error)
+                del self._begun[lane]
                 await asyncio.sleep(self._settings.backoff_s(failures, self._rng))
                 continue
+            del self._begun[lane]
             self._partitions.stored(marks)
             limit, failures = min(limit_max, limit * 2), 0
             if self._answered(batch, results):
@@ -85,7 +104,9 @@ class Lanes:
                 queues.verdicts.clear()
                 await queues.verdicts.wait()
                 continue
+            self._begun[queues] = self._clock.monotonic()
             await self._give_up(entry)
+            del self._begun[queues]
             queues.progress.set()
 
     # -- answers ------------------------------------------------------------------------------------------------------
@@ -136,11 +157,15 @@ class Lanes:
             return max(result.after_s, self._settings.backoff_s(spare, self._rng) if spare > 0 else 0.0)
         error, now = result.error, self._clock.monotonic()
         item.attempts += 1
+        item.unreadable = isinstance(error, BadInput)
         if entry.first_failed_at is None:
-            entry.first_failed_at, entry.first_failed = self._clock.now(), now
+            earlier = None if item.parked is None else item.parked.failure
+            entry.first_failed_at = self._clock.now() if earlier is None else earlier.first_failed_at
+            entry.first_failed = now
         settings = self._settings
         if (
-            isinstance(error, BadInput)
+            item.unreadable
+            or item.parked is not None  # one attempt for each turn
             or item.attempts >= settings.attempts_max
             or now - entry.first_failed >= settings.retry_total_s
         ):
@@ -209,10 +234,14 @@ class Lanes:
             item.examine, entry.failure = True, None
             entry.agains += 1
             self._metrics.count("foldbus_again_total", group=self._group)
-            log.info("%s: %s was taken by somebody else when it was to be given up", self._group, _name(entry))
+            log.info("%s: %s is looked at once more before it is given up", self._group, _name(entry))
             spare = entry.agains - AGAINS_AT_ONCE
             wait_s = max(result.after_s, self._settings.backoff_s(spare, self._rng) if spare > 0 else 0.0)
             queues.release(entry.queue, (entry,), wait_s)
+        elif isinstance(result, Aside):
+            log.debug("%s: %s is set aside after %d attempts", self._group, _name(entry), failure.attempts)
+            queues.finish(entry, result)
+            queues.release(entry.queue, (), 0.0)
         else:
             self._metrics.count("foldbus_dead_letters_total", group=self._group, error=failure.error)
             log.error(

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from random import Random
 
+from bus.engine.pulse import Pulse
 from bus.engine.queues import KeyQueues
 from bus.engine.settings import EngineSettings
 from bus.engine.watermark import Part
@@ -27,6 +28,9 @@ log = logging.getLogger("foldbus.bus")
 class Partitions:
     """The engine's `bus.transport.Assignments`. `broken` is set after a bug: then nothing more is committed."""
 
+    early = False
+    """Offsets are committed before anything is handled (`early.py`): the group's are all there is."""
+
     def __init__(
         self,
         transport: Transport,
@@ -39,14 +43,17 @@ class Partitions:
         failpoint: Failpoint,
         rng: Random,
         stop: asyncio.Event,
+        pulse: Pulse,
     ) -> None:
         self.live: dict[Assignment, Part] = {}
         self.consumer: Consumer | None = None
         self.joined = False
+        self.waiting_since: float | None = None
+        """Since when the group has told this member nothing of its parts; None once it has, be they none."""
         self.broken = False
         self._transport, self._processor, self._queues = transport, processor, queues
         self._settings, self._clock, self._metrics, self._rng = settings, clock, metrics, rng
-        self._failpoint, self._stop = failpoint, stop
+        self._failpoint, self._stop, self._pulse = failpoint, stop, pulse
         self._group = processor.group
         self._lock = asyncio.Lock()
 
@@ -57,6 +64,10 @@ class Partitions:
     ) -> Mapping[Assignment, Offset]:
         """Waits for the database when it does not answer: without its watermarks the start is a guess. Meanwhile the
         member does not poll and is replaced after a while by one that can read them."""
+        if not parts:  # others have all of them
+            self.joined, self.waiting_since = True, None
+            return {}
+        self._pulse.begins("reading where its parts begin", bound_s=self._settings.commit_timeout_s)
         stored = await self._stored_watermarks()
         if stored is None:  # told to stop meanwhile: take nothing
             return {}
@@ -67,7 +78,7 @@ class Partitions:
             in_group = committed.get(assignment)
             in_store = stored.get((assignment.topic, assignment.partition))
             known = [offset for offset in (in_group, in_store) if offset is not None]
-            if len(known) < 2:
+            if len(known) < 2 and not (self.early and known):
                 # One of the two knows nothing of this part: from the beginning. A known one below the beginning stays
                 # the start: what retention took before it was handled must be out of range, not skipped.
                 first = await self._beginning(assignment)
@@ -82,7 +93,8 @@ class Partitions:
                     self._group, assignment.topic, assignment.partition, start or 0, in_group, in_store,
                 )  # fmt: skip
             self.live[assignment] = Part(assignment, start=start or 0, stored=in_store)
-        self.joined = True
+        self.joined, self.waiting_since = True, None
+        self._pulse.begins("a poll", bound_s=self._settings.poll_timeout_s)
         self._metrics.count("foldbus_assigned_total", len(parts), group=self._group)
         log.info("%s: took over %s", self._group, names_of(parts))
         return starts
@@ -92,6 +104,8 @@ class Partitions:
         still finish in the database (claims protect it); here its end is ignored."""
         mine = [self.live[assignment] for assignment in parts if assignment in self.live]
         lost = lost or self.broken
+        settings = self._settings
+        self._pulse.begins("handing its parts over", bound_s=settings.drain_timeout_s + settings.commit_timeout_s)
         for part in mine:
             part.taking, part.gone = False, lost
         dropped = self._queues.drop(set(mine))
@@ -101,16 +115,23 @@ class Partitions:
                 await self._commit_last(mine)
         finally:
             self._discard(mine)
+            self._pulse.begins("a poll", bound_s=settings.poll_timeout_s)
+            if not self.live:
+                self.waiting_since = self._clock.monotonic()
             self._metrics.count("foldbus_revoked_total", len(parts), group=self._group, lost=str(lost).lower())
             log.info(
                 "%s: gave back %s%s, %d queued messages left to others",
                 self._group, names_of(parts), " (lost)" if lost else "", dropped,
             )  # fmt: skip
 
+    def begin(self, consumer: Consumer) -> None:
+        """Now a member, which the group has told nothing yet."""
+        self.consumer, self.waiting_since = consumer, self._clock.monotonic()
+
     def abandon(self) -> None:
         """After the group was left: whatever was not revoked is lost."""
         self._discard(list(self.live.values()))
-        self.consumer, self.joined = None, False
+        self.consumer, self.joined, self.waiting_since = None, False, None
 
     def _discard(self, parts: Collection[Part]) -> None:
         if not parts:
@@ -151,6 +172,7 @@ class Partitions:
             except Exception as error:
                 failures += 1
                 wait_s = self._settings.backoff_s(failures, self._rng)
+                self._pulse.begins("waiting for the database", bound_s=wait_s + self._settings.commit_timeout_s)
                 self._metrics.count("foldbus_store_unavailable_total", group=self._group)
                 log.warning(
                     "%s: stored watermarks cannot be read, again in %.3f s: %s: %s",

@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from random import Random
 
+from bus.engine.lanes import Gate
 from bus.engine.partitions import Partitions, set_within
+from bus.engine.pulse import Pulse
 from bus.engine.queues import Entry, KeyQueues
 from bus.engine.settings import EngineSettings, failure_of
 from bus.engine.watermark import Part
@@ -27,6 +29,8 @@ log = logging.getLogger("foldbus.bus")
 
 SHORT_POLL_S = 0.02
 """How long a poll may wait while some parts are paused: they resume between polls."""
+JOIN_S = 60.0
+"""How long finding the topics and reaching the broker takes at most; the transport gives up before."""
 
 
 class Pump:
@@ -45,35 +49,46 @@ class Pump:
         rng: Random,
         code_version: str,
         stop: asyncio.Event,
+        pulse: Pulse,
     ) -> None:
         self.last_poll: float | None = None
+        self.unavailable: str | None = None
+        """What the broker's last answer was, when it was none."""
         self._transport, self._topics, self._processor, self._parse = transport, tuple(topics), processor, parse
         self._queues, self._partitions, self._settings = queues, partitions, settings
         self._clock, self._metrics, self._rng, self._code_version = clock, metrics, rng, code_version
-        self._stop = stop
+        self._stop, self._pulse = stop, pulse
         self._group = processor.group
         self._full = False
         self._largest = 1
+        self.gate: Gate | None = None
 
     async def run(self) -> None:
         """Until told to stop: joins, polls, joins again when the broker was gone. Raises MissingTopics."""
         failures = 0
-        while not self._stop.is_set():
-            try:
-                async with self._transport.consume(self._group, self._topics, listener=self._partitions) as consumer:
-                    self._partitions.consumer = consumer
-                    failures = 0
-                    await self._poll_on(consumer)
-            except TransportUnavailable as error:
-                failures += 1
-                await self._unavailable("group cannot be joined or left", error, failures)
-            finally:
-                self._partitions.abandon()
+        try:
+            while not self._stop.is_set():
+                self._pulse.begins("joining its group", bound_s=JOIN_S)
+                try:
+                    async with self._transport.consume(
+                        self._group, self._topics, listener=self._partitions
+                    ) as consumer:
+                        self._partitions.begin(consumer)
+                        failures = 0
+                        await self._poll_on(consumer)
+                except TransportUnavailable as error:
+                    failures += 1
+                    await self._unavailable("group cannot be joined or left", error, failures)
+                finally:
+                    self._partitions.abandon()
+        finally:
+            self._pulse.rests()
 
     async def _poll_on(self, consumer: Consumer) -> None:
         failures = 0
         while not self._stop.is_set():
             timeout_s = self._throttle(consumer)
+            self._pulse.begins("a poll", bound_s=self._settings.poll_timeout_s)
             try:
                 deliveries = await consumer.poll(max_records=self._room(), timeout_s=timeout_s)
             except TransportUnavailable as error:
@@ -85,7 +100,7 @@ class Pump:
                 self._hold(error)
                 await set_within(self._stop, self._settings.backoff_s(failures, self._rng))
                 continue
-            failures = 0
+            failures, self.unavailable = 0, None
             self.last_poll = self._clock.monotonic()
             if deliveries:
                 self._take_in(deliveries)
@@ -96,6 +111,8 @@ class Pump:
 
     async def _unavailable(self, what: str, error: Exception, failures: int) -> None:
         wait_s = self._settings.backoff_s(failures, self._rng)
+        self.unavailable = f"{what}: {error}"
+        self._pulse.begins("waiting for the broker", bound_s=wait_s)
         self._metrics.count("foldbus_transport_unavailable_total", group=self._group)
         log.warning("%s: %s, again in %.3f s: %s", self._group, what, wait_s, error)
         await set_within(self._stop, wait_s)
@@ -124,8 +141,9 @@ class Pump:
         )
         pause: list[Assignment] = []
         resume: list[Assignment] = []
+        shut = self.gate is not None and self.gate() == 0
         for part in parts:
-            wanted = self._full or self._crowded(part)
+            wanted = self._crowded(part) or self._full or shut
             if wanted is not part.paused:
                 part.paused = wanted
                 (pause if wanted else resume).append(part.assignment)
@@ -184,7 +202,7 @@ class Pump:
                 failure: Failure | None = self._unreadable(error)
             else:
                 failure = None
-            item = Item(envelope, delivery)
+            item = Item(envelope, delivery, unreadable=failure is not None)
             queues.put(Entry(queues.queue(envelope.key), item, delivery, part, offset, size, failure))
         self._largest = max(1, largest)
         for type_name, n in skipped.items():
