@@ -22,6 +22,8 @@ from bus.errors import Fenced, FoldbusError, GroupInUse
 from bus.metrics import Metrics
 from eventstore.flow import Pause
 from eventstore.port import Store, Watermark
+from foldbus.delivery import AT_MOST_ONCE
+from foldbus.service import handler_group
 from foldbus.views import workshop
 from projections import LOG, Place, Projection
 
@@ -186,17 +188,24 @@ async def plan_moves(
     held = await admin.offsets(topic)
     chosen = _chosen(topic, held, partitions)
     committed = await admin.committed(group, [topic])
-    stored = await connection.store.watermarks(group)
+    alone = _offsets_alone(connection.service, group)
+    stored: Mapping[tuple[str, int], Offset] = {} if alone else await connection.store.watermarks(group)
     wanted = await _wanted(connection, topic, chosen, held, to)
     moves: list[Move] = []
     for partition in chosen:
         first, end = held[partition]
-        known_places = [where[topic, partition] for where in (committed, stored) if (topic, partition) in where]
-        if len(known_places) == 1:  # as an engine does that knows one of the two: from the beginning at the latest
-            known_places.append(first)
-        at = min(known_places, default=None)
+        known = [where[topic, partition] for where in (committed, stored) if (topic, partition) in where]
+        if len(known) == 1 and not alone:  # as an engine does that knows one of the two: from the beginning, at most
+            known.append(first)
+        at = min(known, default=None)
         moves.append(Move(topic, partition, at, first, end, wanted[partition]))
     return moves
+
+
+def _offsets_alone(service: Service, group: str) -> bool:
+    """Does this group read on where the broker says, whatever the store does? Its messages leave nothing there."""
+    early = {handler_group(service.name, one) for one in service.subscriptions if one.delivery is AT_MOST_ONCE}
+    return group in early or group == f"{service.name}.queries"
 
 
 def _one_of(topic: str | None, topics: Sequence[str], reader: str) -> str:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from bus.errors import TopicMismatch
 from bus.metrics import MemoryMetrics
 from bus.transport import Ack, Outgoing, PollSettings, TopicSpec, Transport
-from foldbus import Connection, Context, Event, Key, Service, projection
+from foldbus import AT_MOST_ONCE, BareContext, Connection, Context, Event, Handler, Key, Service, projection
 from foldbus.flow import BadPlace, NotPaused, UnknownGroup, place, place_projection, plan_moves, plan_projection
 from foldbus.retention import ClaimsTooShort
 from tests.bus.transports import FORGET, Rig
@@ -281,6 +281,40 @@ async def test_a_step_back_reads_again_and_what_was_handled_has_no_second_effect
             return metrics.total("foldbus_duplicates_total")
 
         await eventually(duplicates, lambda found: found == 2)
+
+
+async def test_a_group_that_is_read_at_most_once_is_paused_and_placed_by_its_offsets_alone(pair: Pair) -> None:
+    name = unique("dice")
+    seen: list[str] = []
+
+    class Thrown(Event, type=f"{name}.thrown.v1"):
+        n: Key[int]
+
+    async def watch(event: Thrown, ctx: BareContext) -> None:
+        seen.append(str(event.n))
+
+    service = Service(name, handlers=[Handler(watch, delivery=AT_MOST_ONCE)], partitions=1)
+    group, topic = f"{name}.handler.watch", f"{name}.events"
+    its = Crm(name, topic, service, None, seen)
+
+    async def throw(connection: Connection, *numbers: int) -> None:
+        async with connection.unit() as unit:
+            for n in numbers:
+                unit.publish(Thrown(n=n))
+
+    async def standing() -> int:
+        return await connection.transport.admin.members(group)
+
+    async with pair.connect(service) as connection:
+        await throw(connection, 0, 1)
+        await saw(its, "0", "1")
+        await connection.store.flow.pause(group, by="ann")
+        await eventually(standing, lambda found: found == 0)
+        (move,) = await plan_moves(connection, group, None, None, "1")
+        assert (move.at, move.again) == (2, 1)
+        await place(connection, group, [move], by="ann")
+        await connection.store.flow.resume(group, by="ann")
+        await saw(its, "0", "1", "1")  # again: there are no claims
 
 
 async def test_a_group_that_runs_is_not_placed(pair: Pair) -> None:
