@@ -157,6 +157,8 @@ class TestHalfOpen:
 
     def test_closes_with_a_clean_slate(self) -> None:
         world = World().half_open()
+        world.fail()
+        world.clock.seconds += 20
         world.answer()
         world.fail(2)
         assert world.circuit.state is State.CLOSED
