@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import ssl
 import subprocess
@@ -326,8 +327,9 @@ def test_a_certificate_error_that_nobody_knows_is_told_in_its_own_words() -> Non
 
 def foldbus(home: Path, *args: str, **environment: str) -> tuple[int, str, str]:
     (home / "desk_service.py").write_text(SOURCE.replace("NAME", "desk"))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FOLDBUS_")}
     done = subprocess.run(
-        [sys.executable, "-m", "foldbus", *args], cwd=home, env={"PATH": "/usr/bin:/bin", **environment},
+        [sys.executable, "-m", "foldbus", *args], cwd=home, env=kept | environment,
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
