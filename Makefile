@@ -3,7 +3,7 @@
 #   make demo-servers  the same on a real Kafka and a real PostgreSQL of this machine
 #   make test          all tests, on real servers      make check   linters and type checkers
 #   make bench         the benchmarks                  make soak    faults for a while, then an account of every message
-#   make bench-peers   the event store beside others, which are installed first (Python 3.13 and Node, if there)
+#   make bench-peers   store and bus beside others, which are installed first (Python 3.13 and Node, if there)
 #   make clean         removes the environment, the caches and what the demo left
 
 .PHONY: demo demo-servers test check bench bench-peers soak env servers clean
@@ -45,7 +45,7 @@ bench: $(STAMP) servers
 
 bench-peers: $(STAMP) servers
 	$(BIN)/python -m benchmarks.peers.install
-	$(BIN)/python -m benchmarks --only appends --only store
+	$(BIN)/python -m benchmarks --only appends --only store --only durable --only at-most-once
 
 soak: $(STAMP) servers
 	$(BIN)/python -m benchmarks.soak --seconds $(SOAK_S)

@@ -19,20 +19,27 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import appends, arrays, durable, latency, purchases, relaying, snapshots, store
+from benchmarks import appends, arrays, at_most_once, durable, latency, pipeline, purchases, relaying, snapshots, store
 from benchmarks.harness import Row, Setting, table
+from foldbus.process import tune
 from tests.servers import MissingServer, both
 
 BENCHMARKS: Mapping[str, Callable[[Setting], Coroutine[Any, Any, list[Row]]]] = {
     "appends": appends.run,
     "arrays": arrays.run,
     "durable": durable.run,
+    "at-most-once": at_most_once.run,
     "relay": relaying.run,
+    "pipeline": pipeline.run,
+    "wakeups": pipeline.run_slowly,
     "purchases": purchases.run,
     "latency": latency.run,
     "store": store.run,
     "snapshots": snapshots.run,
 }
+
+LONG = frozenset({"wakeups"})
+"""Only when they are asked for."""
 
 
 def main() -> int:
@@ -42,6 +49,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=list(BENCHMARKS), help="this one; may be repeated")
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
+    tune()  # as `foldbus run` does; who stands beside it in this process has it, too
     logging.basicConfig(level=logging.ERROR)
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # says much about topics that were made a moment ago
     try:
@@ -57,7 +65,7 @@ def main() -> int:
                 chosen.json,
                 f"Python {platform.python_version()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}",
             )
-            for name in chosen.only or BENCHMARKS:
+            for name in chosen.only or [name for name in BENCHMARKS if name not in LONG]:
                 began = time.perf_counter()
                 rows = asyncio.run(BENCHMARKS[name](setting))
                 if chosen.json:

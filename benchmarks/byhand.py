@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
@@ -31,7 +31,12 @@ EFFECTS = (
 SHOWN = """insert into shown select key, count(*) from unnest($1::text[]) as key group by key
            on conflict (key) do update set count = shown.count + excluded.count"""
 
+ONE_EFFECT = "insert into effects (id, key, n, data) values ($1, $2, $3, $4)"
+ONE_SHOWN = "insert into shown values ($1, 1) on conflict (key) do update set count = shown.count + 1"
+
 BATCH = 500
+AT_ONCE = 16
+"""Keys that are handled side by side where each message has a transaction of its own."""
 
 
 async def batch_loop(
@@ -58,6 +63,39 @@ async def batch_loop(
         done([row[1] for row in mine])
 
 
+async def message_loop(
+    consumer: AIOKafkaConsumer, db: Any, *, name: str, taken: Callable[[], None], done: Callable[[Sequence[str]], None]
+) -> None:
+    """The same with a transaction per message, `AT_ONCE` keys side by side, each in order. `db` is a pool. The offsets
+    are committed when all that was fetched together is done."""
+
+    async def lane(records: Sequence[Any]) -> None:
+        async with db.acquire() as connection:
+            for record in records:
+                id = UUID(dict(record.headers)["ce_id"].decode())
+                async with connection.transaction():
+                    if await connection.fetchrow(CLAIM, name, [id]) is not None:
+                        key = record.key.decode()
+                        n: int = json.loads(record.value)["n"]
+                        await connection.execute(ONE_EFFECT, id, key, n, record.value)
+                        await connection.execute(ONE_SHOWN, key)
+                done([record.key.decode()])
+
+    while True:
+        found = await consumer.getmany(max_records=BATCH, timeout_ms=200)
+        lanes: list[list[Any]] = [[] for _ in range(AT_ONCE)]
+        for part in found.values():
+            for record in part:
+                lanes[hash(record.key) % AT_ONCE].append(record)
+        if any(lanes):
+            taken()
+            await asyncio.gather(*(lane(records) for records in lanes if records))
+            await consumer.commit()
+
+
+Loop = Callable[..., Coroutine[Any, Any, None]]
+
+
 @asynccontextmanager
 async def looping(
     bootstrap: str,
@@ -67,6 +105,7 @@ async def looping(
     name: str,
     taken: Callable[[], None],
     done: Callable[[Sequence[str]], None],
+    loop: Loop = batch_loop,
 ) -> AsyncIterator[None]:
     """The loop runs while the context lasts; it reads the topic from its beginning."""
     consumer = AIOKafkaConsumer(
@@ -77,7 +116,7 @@ async def looping(
         auto_offset_reset="earliest",
     )
     await consumer.start()
-    task = asyncio.create_task(batch_loop(consumer, db, name=name, taken=taken, done=done))
+    task = asyncio.create_task(loop(consumer, db, name=name, taken=taken, done=done))
     try:
         yield
     finally:

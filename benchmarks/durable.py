@@ -1,4 +1,5 @@
-"""Durable consumption: commands from Kafka into PostgreSQL, each with one effect, against a hand-written batch loop."""
+"""Durable consumption: commands from Kafka into PostgreSQL, each with one effect, against hand-written loops and, where
+it is installed (`make bench-peers`), FastStream with a session per message."""
 
 from __future__ import annotations
 
@@ -10,14 +11,15 @@ from typing import Any
 import asyncpg
 
 from benchmarks import byhand
-from benchmarks.harness import Row, Setting, compare
+from benchmarks.harness import Row, Setting, Variant, compare
+from benchmarks.peers.faststream import faststream_rate
+from benchmarks.peers.install import BUS, missing
 from benchmarks.workload import World, world
 from bus.cloudevents import from_record, to_record
 from bus.consumer import ConsumerEngine, EngineSettings
-from bus.processing import Done, Item, Result, Watermarks
+from bus.processing import Done, Item, Processor, Result, Watermarks
 from bus.seams import NoFailpoints
 from bus.transport import Ack
-from foldbus.runtime import UnitProcessor
 from foldbus.worker import command_processor
 
 KEYS = 2000
@@ -53,7 +55,7 @@ class Stopwatch:
 class Timed:
     """A processor that tells the stopwatch."""
 
-    def __init__(self, inner: UnitProcessor, watch: Stopwatch) -> None:
+    def __init__(self, inner: Processor, watch: Stopwatch) -> None:
         self._inner, self._watch = inner, watch
 
     def __getattr__(self, name: str) -> Any:
@@ -97,29 +99,62 @@ async def run(setting: Setting) -> list[Row]:
                 await running
 
     async def by_hand(number: int) -> Mapping[str, float]:
+        async with setting.database() as dsn:
+            db = await asyncpg.connect(dsn)
+            try:
+                return await looped(number, db, byhand.batch_loop, "batches")
+            finally:
+                await db.close()
+
+    async def message_by_message(number: int) -> Mapping[str, float]:
+        async with setting.database() as dsn, asyncpg.create_pool(dsn, min_size=16, max_size=16) as pool:
+            return await looped(number, pool, byhand.message_loop, "messages")
+
+    async def looped(number: int, db: Any, loop: byhand.Loop, what: str) -> Mapping[str, float]:
         watch = Stopwatch(total)
+        await db.execute(byhand.SCHEMA)
+        async with byhand.looping(
+            setting.kafka,
+            db,
+            f"{here.name}.commands",
+            name=f"{here.name}-{what}-{number}",
+            taken=watch.taken,
+            done=lambda keys: watch.done(len(keys)),
+            loop=loop,
+        ):
+            return await watch.figures()
+
+    async def faststream(number: int) -> Mapping[str, float]:
         async with setting.database() as dsn:
             db = await asyncpg.connect(dsn)
             try:
                 await db.execute(byhand.SCHEMA)
-                async with byhand.looping(
-                    setting.kafka,
-                    db,
-                    f"{here.name}.commands",
-                    name=f"{here.name}-by-hand-{number}",
-                    taken=watch.taken,
-                    done=lambda keys: watch.done(len(keys)),
-                ):
-                    return await watch.figures()
+                few = setting.count(2000, 50)
+                rate = await faststream_rate(
+                    setting, f"{here.name}.commands", f"{here.name}-fs-{number}", total=few, dsn=dsn, workers=12
+                )
+                effects = await db.fetchval("select sum(count) from shown")
+                assert effects >= few, f"{effects} effects of {few} messages"
             finally:
                 await db.close()
+        return {"messages/s": rate}
 
-    return await compare(
+    variants: dict[str, Variant] = {
+        "aiokafka + asyncpg, batches of 500, by hand": by_hand,
+        "ConsumerEngine + PostgresStore": foldbus,
+        "the same by hand, a transaction per message, 16 keys at once": message_by_message,
+    }
+    why = missing(BUS)
+    if why is None:
+        variants["FastStream, 12 workers, an SQLAlchemy session per message"] = faststream
+    rows = await compare(
         f"durable consumption, {total} commands of {min(total, KEYS)} keys from Kafka into PostgreSQL",
-        {"aiokafka + asyncpg, batches of 500, by hand": by_hand, "ConsumerEngine + PostgresStore": foldbus},
+        variants,
         floor="aiokafka + asyncpg, batches of 500, by hand",
         rounds=setting.rounds,
+        warm_up=True,
     )
+    return rows if why is None else [*rows, Row(rows[0].case, "FastStream", "", (), note=why)]
 
 
 async def _fill(setting: Setting, here: World, total: int) -> None:

@@ -31,11 +31,13 @@ class Shown(BaseModel, frozen=True):
 
 @dataclass
 class World:
-    """`desk` decides notes and has a read model of them; `board` has the same read model, of the desk's topic."""
+    """`desk` decides notes and has a read model of them (`desk_without_rows` has none); `board` has the same one, of
+    the desk's topic."""
 
     name: str
     desk: Service
     board: Service
+    desk_without_rows: Service
     note: type[Any]
     noted: type[Any]
     folded: dict[str, list[str]] = field(default_factory=lambda: {"desk": [], "board": []})
@@ -73,8 +75,9 @@ class World:
         )
 
 
-def world() -> World:
-    name = f"bench-{uuid4().hex[:10]}"
+def world(name: str | None = None) -> World:
+    """`name` of one that was made before, for processes that share it."""
+    name = name or f"bench-{uuid4().hex[:10]}"
     folded: dict[str, list[str]] = {"desk": [], "board": []}
 
     class Noted(Event, type=f"{name}.noted.v1"):
@@ -102,10 +105,7 @@ def world() -> World:
 
         return projection("shown", version=1)(fold)
 
-    desk = Service(
-        name,
-        deciders=[Decider("note", initial=Notes(), evolve=evolve, decide=decide)],
-        projections=[shown("desk")],
-    )
+    decider = Decider("note", initial=Notes(), evolve=evolve, decide=decide)
+    desk = Service(name, deciders=[decider], projections=[shown("desk")])
     board = Service(f"{name}-board", projections=[shown("board")])
-    return World(name, desk, board, Note, Noted, folded)
+    return World(name, desk, board, Service(name, deciders=[decider]), Note, Noted, folded)

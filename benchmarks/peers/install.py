@@ -18,6 +18,7 @@ CACHE = HERE.parents[1] / ".cache" / "peers"
 PYTHON = CACHE / "python"
 NODE = CACHE / "node"
 REFERENCE = CACHE / "reference"
+BUS = CACHE / "bus"
 
 _WANTED = (3, 13)
 """What eventsourcing 9.5 and eventsource-py ask for."""
@@ -30,6 +31,7 @@ class CannotInstall(Exception):
 def main() -> int:
     for directory, wanted, make in (
         (REFERENCE, (HERE / "requirements-reference.txt",), _make_reference),
+        (BUS, (HERE / "requirements-bus.txt",), _make_bus),
         (PYTHON, (HERE / "requirements.txt",), _make_python),
         (NODE, (HERE / "package.json", HERE / "emmett.mjs"), _make_node),
     ):
@@ -64,6 +66,15 @@ def _make_reference(directory: Path) -> None:
     _run(
         sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check",
         "--target", str(directory), "-r", str(HERE / "requirements-reference.txt"),
+    )  # fmt: skip
+
+
+def _make_bus(directory: Path) -> None:
+    """Any Python that runs us will do."""
+    _run(sys.executable, "-m", "venv", str(directory))
+    _run(
+        str(directory / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check",
+        "-r", str(HERE / "requirements-bus.txt"),
     )  # fmt: skip
 
 
