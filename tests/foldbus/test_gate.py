@@ -13,7 +13,7 @@ import pytest
 from bus.metrics import MemoryMetrics
 from eventstore.errors import StoreUnavailable
 from eventstore.flow import Pause
-from foldbus.flow import Gate
+from foldbus.gate import Gate
 
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
 
