@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from bus.errors import FoldbusError
 from bus.metrics import Metrics
@@ -56,7 +57,7 @@ class Breaker:
             raise BadBreaker(
                 f"{self.name!r} is no name for a breaker; wanted up to 40 of a-z, 0-9 and -, a letter first"
             )
-        counts: tuple[object, ...] = self.counts
+        counts: tuple[Any, ...] = self.counts
         if not counts or not all(isinstance(one, type) and issubclass(one, Exception) for one in counts):
             raise BadBreaker(
                 f"breaker {self.name!r} counts {self.counts!r}; wanted classes of exceptions, at least one"

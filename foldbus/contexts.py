@@ -108,7 +108,7 @@ class Context(HandlerContext[Deps], Staging):
         deps: Any = None,
         calls: Calls | None = None,
     ) -> None:
-        HandlerContext.__init__(self, envelope, deps=deps, now=now, calls=calls)
+        super().__init__(envelope, deps=deps, now=now, calls=calls)
         Staging.__init__(self, service, make, max_bytes=max_bytes, store_now=store.timers.now)
         self.tx: Tx | None = None
         self._store, self._take, self._stack = store, take, stack
@@ -236,7 +236,7 @@ class EffectContext(HandlerContext[Deps], Staging):
         deps: Any = None,
         calls: Calls | None = None,
     ) -> None:
-        HandlerContext.__init__(self, envelope, deps=deps, now=now, calls=calls)
+        super().__init__(envelope, deps=deps, now=now, calls=calls)
         Staging.__init__(self, service, make, max_bytes=max_bytes, store_now=store.timers.now)
         self.started = started
         """An earlier attempt was begun, and what it called may have happened: where the other side knows no idempotency

@@ -1,9 +1,11 @@
-"""Handlers behind the consumer engine: one transaction per message, keys side by side, each key in order.
+"""Handlers behind the consumer engine: each message on its own, keys side by side, each key in order.
 
 Deciders' commands of the same batch go to their own processor in one call: the two meet in no key.
 
-The claim of a message is the closing statement of its transaction, so that it carries the answer. Its first statement
-is `Store.take`, which keeps everybody else from the same message meanwhile (docs/decisions/0008).
+- With SQL: one transaction per message. Its claim is the closing statement, so that it carries the answer; its first
+  statement is `Store.take`, which keeps everybody else from the same message meanwhile (docs/decisions/0008).
+- An effect: no transaction while it runs, a claim that says that it was begun (`effects.py`).
+- AT_LEAST_ONCE: a transaction where the handler wants one, and no claim.
 """
 
 from __future__ import annotations
@@ -20,27 +22,39 @@ from bus.codec import check_size, decode_command
 from bus.envelope import Envelope, Failure
 from bus.errors import BadInput
 from bus.messages import Message, Refused
-from bus.processing import Again, Done, Failed, Item, Processor, Result, Watermarks
+from bus.processing import Again, Aside, Done, Failed, Item, Processor, Result, Watermarks
 from bus.transport import Delivery
 from eventstore.errors import StoreUnavailable
-from eventstore.port import Claim, ClaimState, Fence, Outcome, Standing, Tx, Unit, Verdict
-from foldbus.claims import Claims, Work, answered
-from foldbus.handlers import Context, Handler
+from eventstore.port import Claim, ClaimState, Outcome, Standing, Tx, Unit, Verdict
+from foldbus.calling import Caller
+from foldbus.claims import ENDED, STARTED_AGAIN_S, Claims, Work, answered
+from foldbus.contexts import Calls, Context, EffectContext
+from foldbus.delivery import EXACTLY_ONCE
+from foldbus.effects import Attempt, EffectClaims
+from foldbus.handlers import Handler
+from foldbus.parking import Parker
 
 if TYPE_CHECKING:
     from foldbus.connection import Connection
 
 log = logging.getLogger("foldbus.runtime")
 
+_IN_QUEUES = frozenset((ClaimState.PARKED, ClaimState.KEY_PARKED))
 AT_ONCE = 8
-"""So many handlers of one processor run side by side: each may hold a connection."""
+"""So many handlers with SQL of one processor run side by side: each may hold a connection."""
 
 
 class HandlerProcessor:
     """Implements `bus.processing.Processor`. `inner` takes what is no handler's, and stores the watermarks."""
 
     def __init__(
-        self, connection: Connection, inner: Processor, handlers: Mapping[str, Handler], *, consumer: str
+        self,
+        connection: Connection,
+        inner: Processor,
+        handlers: Mapping[str, Handler],
+        *,
+        consumer: str,
+        parker: Parker | None = None,
     ) -> None:
         self.group, self.consumer = inner.group, consumer
         self._connection, self._inner, self._handlers = connection, inner, handlers
@@ -52,8 +66,17 @@ class HandlerProcessor:
             clock=connection.clock,
             metrics=connection.metrics,
             max_bytes=connection.transport.max_bytes,
+            parker=parker,
         )
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._effects = EffectClaims(self._claims, connection.store, connection.metrics)
+        self._caller = Caller.of(connection)
+        shared = asyncio.Semaphore(AT_ONCE)
+        self._turns = {
+            handler: asyncio.Semaphore(handler.at_once)
+            if handler.effect or handler.delivery is not EXACTLY_ONCE
+            else shared
+            for handler in handlers.values()
+        }
 
     def wants(self, type_name: str) -> bool:
         return type_name in self._handlers or self._inner.wants(type_name)
@@ -80,11 +103,16 @@ class HandlerProcessor:
                     results[place] = result
 
         async def chain(places: Sequence[int]) -> None:
-            for place in places:
-                async with self._turns:
-                    results[place] = await self._one(batch[place])
+            for nth, place in enumerate(places):
+                results[place] = await self._one(batch[place])
                 if not isinstance(results[place], Done):
                     return  # what is behind it waits
+                if isinstance(results[place], Aside) and batch[place].parked is None:  # the others in one call
+                    left = places[nth + 1 :]
+                    found = await self._claims.join_queue([batch[place] for place in left])
+                    for behind, result in zip(left, found, strict=True):
+                        results[behind] = result
+                    return
 
         async def noted(work: Any) -> None:
             try:
@@ -104,8 +132,15 @@ class HandlerProcessor:
         handler = self._handlers.get(item.envelope.type)
         if handler is None:
             return (await self._inner.process([item], {}))[0]
+        async with self._turns[handler]:
+            return await self._in_turn(item, handler)
+
+    async def _in_turn(self, item: Item, handler: Handler) -> Result:
         work = Work(item)
-        await self._claims.settle_known([work])
+        if handler.delivery is EXACTLY_ONCE:
+            await self._claims.settle_known([work])
+        if work.follows:
+            return await self._aside(work)
         if work.result is not None:
             return work.result
         if work.unit is not None:
@@ -114,106 +149,216 @@ class HandlerProcessor:
             message = self._decoded(item.envelope, handler)
         except BadInput as error:
             return Failed(error)
-        return await self._handle(work, handler, message)
+        calls = self._caller.begin(handler)
+        if calls is None:
+            return Again(after_s=self._caller.wait_s(handler))
+        try:
+            if handler.effect:
+                return await self._outside(work, handler, message, calls)
+            return await self._in_transaction(work, handler, message, calls)
+        finally:
+            calls.abandon()
 
     def _decoded(self, envelope: Envelope, handler: Handler) -> Message:
         codec = self._connection.service.codec
         return decode_command(codec, envelope, handler.types) if handler.commands else codec.decode(envelope)
 
-    async def _handle(self, work: Work, handler: Handler, message: Message) -> Result:
-        connection, envelope = self._connection, work.item.envelope
-        failpoint = connection.failpoint
+    # --- with SQL -------------------------------------------------------------------------------------------------
+
+    async def _in_transaction(self, work: Work, handler: Handler, message: Message, calls: Calls) -> Result:
+        connection, _envelope = self._connection, work.item.envelope
+        failpoint, claimed = connection.failpoint, handler.delivery is EXACTLY_ONCE
         try:
             async with AsyncExitStack() as stack:
-                ctx = self._context(envelope, stack)
+                ctx = self._context(work, stack, calls, claimed=claimed)
                 try:
                     async with asyncio.timeout(handler.timeout_s):
-                        value = await handler(message, ctx)
+                        value = await self._caller.plain(handler, message, ctx)
                         await ctx.finish()
                 finally:
                     ctx.close()
-                unit = self._unit(envelope, value, ctx)
+                calls.end(None)
+                unit = self._unit(work, value, ctx, claimed=claimed)
                 failpoint.hit("before-commit")
                 if ctx.tx is not None:
-                    (outcome,) = await connection.store.commit([unit], tx=ctx.tx)
+                    outcome = await self._claims.commit(work, unit, tx=ctx.tx)
                     if outcome.verdict is not Verdict.COMMITTED:
                         raise _Lost(outcome)
             if ctx.tx is None:
-                return await self._commit(work, unit)
+                return await self._commit(work, unit) if claimed or unit != Unit() else self._done()
         except _Known as known:
-            self._claims.settle(work, known.standing)
-            return work.result or await self._commit(work, work.unit or Unit())
+            return await self._found(work, known.standing)
         except _Lost as lost:
             return await self._judge(work, lost.outcome)
         except Refused as refusal:
-            try:
-                unit = self._unit(envelope, refusal, None)
-            except Exception as error:  # too large, or no JSON: this message fails, nobody else
-                work.item.examine = True
-                return Failed(error)
-            return await self._commit(work, unit)
+            return await self._refused(work, refusal)
         except StoreUnavailable:
             raise
         except Exception as error:
             if _connection_lost(error):
                 raise StoreUnavailable(f"{handler!r}: the database went away, nothing is known: {error}") from error
-            work.item.examine = True  # it may have been given up before
-            return Failed(error)
+            return self._failed(work, handler, error, calls)
         failpoint.hit("after-commit")
-        self._connection.metrics.count("foldbus_handled_total", consumer=self.consumer)
-        return Done()
+        return self._done()
 
-    def _context(self, envelope: Envelope, stack: AsyncExitStack) -> Context:
-        connection = self._connection
-
-        def make(message: Message, *, topic: str | None, id: UUID | None = None) -> Envelope:
-            origin = self._claims.origin(envelope)
-            return connection.service.codec.encode(message, replace(origin, id=id or origin.id), topic=topic)
+    def _context(self, work: Work, stack: AsyncExitStack, calls: Calls, *, claimed: bool) -> Context[Any]:
+        connection, envelope = self._connection, work.item.envelope
+        # Its own turn passes the queue, and so does the undo of a step that waits there.
+        passes = work.item.parked is not None or work.step_parked
 
         async def take(tx: Tx) -> None:
-            standing = await connection.store.take(tx, self.consumer, envelope.id)
-            if standing.state in (ClaimState.DONE, ClaimState.DEAD, ClaimState.CANCELLED):
+            if not claimed:
+                return
+            key = None if passes else envelope.key
+            standing = await connection.store.take(tx, self.consumer, envelope.id, key=key)
+            if standing.state in ENDED or (standing.state in _IN_QUEUES and not passes):
                 raise _Known(standing)
 
         return Context(
             envelope,
             service=connection.service.name,
-            make=make,
+            make=self._maker(envelope),
             store=connection.store,
             max_bytes=connection.transport.max_bytes,
             now=connection.clock.now(),
             take=take,
             stack=stack,
+            deps=connection.resources.deps,
+            calls=calls,
         )
 
-    def _unit(self, envelope: Envelope, answer: Any, ctx: Context | None) -> Unit:
-        reply = None
+    # --- effects ----------------------------------------------------------------------------------------------------
+
+    async def _outside(self, work: Work, handler: Handler, message: Message, calls: Calls) -> Result:
+        connection, item = self._connection, work.item
+        if work.step_parked and not await self._effects.cancel_parked_step(work):
+            item.examine = True
+            return Again()
+        attempt = await self._effects.begin(item, handler)
+        if isinstance(attempt, Standing):
+            return await self._found(work, attempt)
+        over = False
+        try:
+            ctx = self._effect_context(item.envelope, calls, attempt)
+            try:
+                value = await self._caller.call(handler, message, ctx)
+            finally:
+                ctx.close()
+            over = True
+            calls.end(None)
+            unit = self._unit(work, value, ctx)
+        except Refused as refusal:
+            over = True
+            return await self._refused(work, refusal, attempt)
+        except Exception as error:
+            # A thread that was cut short may still be at it: nobody else shall begin before the lease ends.
+            if over or not handler.in_thread or not isinstance(error, TimeoutError):
+                await self._effects.release(attempt)
+            return self._failed(work, handler, error, calls)
+        except BaseException:
+            if not handler.in_thread:
+                await self._effects.release(attempt)
+            raise
+        connection.failpoint.hit("before-commit")
+        outcome = await self._effects.commit(attempt, work, unit)
+        connection.failpoint.hit("after-commit")
+        return await self._judge(work, outcome)
+
+    def _effect_context(self, envelope: Envelope, calls: Calls, attempt: Attempt) -> EffectContext[Any]:
+        connection = self._connection
+        return EffectContext(
+            envelope,
+            service=connection.service.name,
+            make=self._maker(envelope),
+            store=connection.store,
+            max_bytes=connection.transport.max_bytes,
+            now=connection.clock.now(),
+            started=attempt.started,
+            deps=connection.resources.deps,
+            calls=calls,
+        )
+
+    # --- what becomes of it -----------------------------------------------------------------------------------------
+
+    def _maker(self, envelope: Envelope) -> Any:
+        def make(message: Message, *, topic: str | None, id: UUID | None = None) -> Envelope:
+            origin = self._claims.origin(envelope)
+            return self._connection.service.codec.encode(message, replace(origin, id=id or origin.id), topic=topic)
+
+        return make
+
+    def _unit(
+        self, work: Work, answer: Any, ctx: Context[Any] | EffectContext[Any] | None, *, claimed: bool = True
+    ) -> Unit:
+        envelope, reply = work.item.envelope, None
         if answered(envelope):
             reply = self._connection.service.codec.encode_reply(envelope, answer, self._claims.origin(envelope))
             check_size(reply, self._connection.transport.max_bytes)
-        undoes = envelope.undoes
-        claim = Claim(
-            self.consumer,
-            envelope.id,
-            envelope.key,
-            reply=reply,
-            fences=undoes,
-            fence=Fence.EXPECT_DONE if undoes is not None else None,
-        )
+        claim = None
+        if claimed:
+            claim = Claim(
+                self.consumer, envelope.id, envelope.key, reply=reply, fences=envelope.undoes, fence=work.fence
+            )
         if ctx is None:
             return Unit(claim)
-        return Unit(claim, appends=ctx.appends, asserts=ctx.asserts, outgoing=ctx.outgoing)
+        return Unit(claim, appends=ctx.appends, asserts=ctx.asserts, outgoing=ctx.outgoing, timers=ctx.timers)
+
+    def _done(self) -> Result:
+        self._connection.metrics.count("foldbus_handled_total", consumer=self.consumer)
+        return Done()
+
+    def _failed(self, work: Work, handler: Handler, error: Exception, calls: Calls) -> Result:
+        work.item.examine = True  # it may have been given up before
+        if not calls.end(error):
+            return Failed(error)
+        wait_s = self._caller.wait_s(handler)
+        self._connection.metrics.count("foldbus_breaker_spared_total", consumer=self.consumer)
+        log.warning(
+            "%s: %s %s waits %.1f s for its dependency, no attempt is counted: %s: %s",
+            self.consumer, work.item.envelope.type, work.item.envelope.id, wait_s, type(error).__name__, error,
+        )  # fmt: skip
+        return Again(after_s=wait_s)
+
+    async def _refused(self, work: Work, refusal: Refused, attempt: Attempt | None = None) -> Result:
+        try:
+            unit = self._unit(work, refusal, None)
+        except Exception as error:  # too large, or no JSON: this message fails, nobody else
+            work.item.examine = True
+            if attempt is not None:
+                await self._effects.release(attempt)
+            return Failed(error)
+        if attempt is not None:
+            return await self._judge(work, await self._effects.commit(attempt, work, unit))
+        return await self._commit(work, unit)
+
+    async def _found(self, work: Work, standing: Standing) -> Result:
+        """It was handled before, or is not ours to handle now."""
+        work.item.examine = True
+        match standing.state:
+            case ClaimState.DONE | ClaimState.DEAD | ClaimState.CANCELLED:
+                self._claims.settle(work, standing)
+                return work.result or await self._commit(work, work.unit or Unit())
+            case ClaimState.PARKED | ClaimState.KEY_PARKED:
+                if work.item.parked is not None:
+                    return Aside()  # whose turn it is handles it
+                work.follows = True
+                return await self._aside(work)
+            case ClaimState.STARTED | ClaimState.NEW:
+                return Again(after_s=STARTED_AGAIN_S)
+
+    async def _aside(self, work: Work) -> Result:
+        await self._claims.set_aside([work])
+        return work.result or Again()
 
     async def _commit(self, work: Work, unit: Unit) -> Result:
-        (outcome,) = await self._connection.store.commit([unit])
-        return await self._judge(work, outcome)
+        return await self._judge(work, await self._claims.commit(work, unit))
 
     async def _judge(self, work: Work, outcome: Outcome) -> Result:
         resend: list[Unit] = []
         result = self._claims.result(work, outcome, resend)
         if resend:
             await self._connection.store.commit(resend)
-        return result
+        return await self._aside(work) if work.follows else result
 
     # --- the rest -----------------------------------------------------------------------------------------------
 
