@@ -420,11 +420,13 @@ async def test_a_delete_where_nothing_is_declared_compacted_is_a_clear_dead_lett
 DAY = 86_400.0
 
 
-async def test_a_foreign_topic_that_is_not_as_declared_refuses_to_start(pair: Pair) -> None:
+@pytest.mark.parametrize("applied", [True, False])
+async def test_a_foreign_topic_that_is_not_as_declared_refuses_to_start(pair: Pair, applied: bool) -> None:
     its = crm(compact=True)
-    async with with_topic(pair, its):
+    async with with_topic(pair, its) as transport:
+        await transport.admin.create(its.service.topics)
         with pytest.raises(TopicMismatch, match="is not compacted, declared is one that is"):
-            async with pair.connect(its.service):
+            async with pair.connect(its.service, apply_topics=applied):
                 pass
 
 
