@@ -317,3 +317,22 @@ async def test_a_missing_topic_is_told() -> None:
     engine, _, _ = make(transport)
     with pytest.raises(MissingTopics):
         await engine.run()
+
+
+async def test_it_may_be_cancelled_and_run_again() -> None:
+    """As an operator's pause does it: what is in hand is finished, and the next run goes on behind it."""
+    transport = FakeTransport()
+    fill(transport, 30)
+    engine, handled, _ = make(transport, replace(FAST, early_batch_max=10))
+    handled.gate.clear()
+    task = asyncio.create_task(engine.run())
+    await transport.assign(0)
+    await eventually(lambda: handled.batches != [], what="a batch in hand")
+    task.cancel()
+    handled.gate.set()
+    await asyncio.wait({task})
+    assert (len(handled.all), transport.committed) == (10, {(T, 0): 10})
+    async with running(engine):
+        await transport.assign(0)
+        await eventually(lambda: len(handled.all) == 30, what="the rest")
+    assert len(set(handled.all)) == 30
