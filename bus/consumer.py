@@ -23,6 +23,7 @@ from bus.engine.pulse import Pulse
 from bus.engine.pump import Pump
 from bus.engine.queues import Entry, KeyQueues
 from bus.engine.settings import EngineSettings
+from bus.engine.watermark import Part
 from bus.envelope import Envelope, Offset
 from bus.errors import TransportUnavailable
 from bus.metrics import Metrics
@@ -274,14 +275,17 @@ class ConsumerEngine:
         now, before = self._clock.monotonic(), self._stood
         self._stood, self._ends = {}, {}
         for assignment, part in self._partitions.live.items():
-            end = ends.get(assignment, part.position)
-            if end <= part.position or part.paused:
+            reached = self._reached(part)
+            end = ends.get(assignment, reached)
+            if end <= reached or part.paused:
                 continue
-            position, seen, since = before.get(part.where, (part.position, end, now))
-            self._stood[part.where] = (
-                (position, seen, since) if position == part.position else (part.position, end, now)
-            )
+            position, seen, since = before.get(part.where, (reached, end, now))
+            self._stood[part.where] = (position, seen, since) if position == reached else (reached, end, now)
             self._ends[part.where] = end
+
+    def _reached(self, part: Part) -> Offset:
+        """The first offset of a part that was not received yet."""
+        return part.position
 
     def _halt(self) -> None:
         if not self._stop.is_set():

@@ -102,6 +102,10 @@ class EarlyEngine(ConsumerEngine):
     def room(self) -> int:
         return 0
 
+    def _reached(self, part: Part) -> Offset:
+        lanes: Any = self._lanes
+        return max(part.position, lanes.received(part))
+
     def offer(self, item: Item) -> asyncio.Future[Result] | None:
         return None
 
@@ -153,6 +157,10 @@ class EarlyLanes:
         self._received: dict[Part, Offset] = {}
         self.oldest: float | None = None
         """Since when the batch in hand is being handled (`clock.monotonic()`)."""
+
+    def received(self, part: Part) -> Offset:
+        """The first offset of a part that did not come yet, handled or not."""
+        return self._received.get(part, part.position)
 
     # --- coming in --------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,8 @@ from foldbus.health import Health, HealthSettings, alive, ready
 from foldbus.relay import Relay
 from foldbus.worker import Worker, WorkerSettings
 from tests.bus.fake_transport import FAST, NOW, FakeTransport, Recorder, T, make_engine, running
+from tests.bus.test_early_engine import busy, fill
+from tests.bus.test_early_engine import make as make_early
 from tests.bus.transports import eventually
 from tests.foldbus.desk import until
 
@@ -226,6 +229,22 @@ async def test_a_partition_that_brings_nothing_while_it_grows_is_dead_and_one_th
     stand.bus.record("c")
     await eventually(lambda: stand.engine.standing == {}, what="read on")
     assert await stand.alive() == ()
+
+
+async def test_what_waits_behind_a_slow_batch_of_an_at_most_once_handler_is_not_missing() -> None:
+    transport, clock = FakeTransport(), ByHand()
+    engine, handled, _ = make_early(transport, replace(FAST, early_batch_max=1), clock=clock)
+    async with busy(engine, handled):
+        await transport.assign(0)
+        fill(transport, 3)
+        await eventually(lambda: engine.in_flight == 3 and (T, 0) in engine.lag, what="one in hand, two behind it")
+        before = engine.lag[T, 0]
+        clock.at += 400.0
+        fill(transport, 3)
+        await eventually(lambda: engine.lag[T, 0] == before + 3, what="seen to have grown")
+        assert engine.standing == {}
+        handled.gate.set()
+        await eventually(lambda: handled.over == 6, what="all handled")
 
 
 async def test_a_broker_that_is_away_is_told_and_is_no_reason_to_restart(stand: Stand) -> None:
