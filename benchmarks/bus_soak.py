@@ -215,12 +215,14 @@ async def soak(options: Options, kafka: Kafka, database: str, marks: Path) -> di
                 options.messages * 3 // 4: lambda: rain.unlink(missing_ok=True),
             }
             await send_all(options, lives, rng, at=calls)
+            sent_s = time.monotonic() - began
             await asyncio.gather(*broken)
         finally:
             striking.cancel()
             await asyncio.gather(striking, return_exceptions=True)
         await chaos.rest()
         found = await at_rest(lives, within_s=options.rest_s)
+        took_s = time.monotonic() - began
         account = judged(lives.wanted(), found)
         rows = await lives.sql.fetch("select account, at from ledger order by seq")
         letters = await lives.client.store.dead_letters()
@@ -232,7 +234,8 @@ async def soak(options: Options, kafka: Kafka, database: str, marks: Path) -> di
             "dead_letters": len(letters),
             "exit_codes": {str(code): n for code, n in codes.items()},
             "last_words": [life.messages()[-3:] for life in wrong[:3]],
-            "took_s": round(time.monotonic() - began, 1),
+            "sent_s": round(sent_s, 1),
+            "took_s": round(took_s, 1),
             "workers": len(lives.all),
             "done_to_them": dict(Counter(what for _, what in chaos.done)),
             "pauses": pauses_of(

@@ -66,7 +66,7 @@ def test_a_pause_is_the_time_between_the_effects_around_a_takeover_under_what_wa
 
 @pytest.mark.timeout(240)
 async def test_a_short_soak_through_all_that_can_be_done_to_workers_and_a_broker_that_is_away_loses_nothing() -> None:
-    chosen = "--messages 2000 --keys 80 --seconds 16 --seed 4 --down 5 --rest 120"
+    chosen = "--messages 1000 --keys 50 --seconds 12 --seed 4 --down 4 --rest 120"
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks.bus_soak", *chosen.split()),
         cwd=Path(__file__).parents[2],
@@ -76,6 +76,7 @@ async def test_a_short_soak_through_all_that_can_be_done_to_workers_and_a_broker
     said, errors = await process.communicate()
     assert process.returncode == 0, said.decode()[-3000:] + errors.decode()[-3000:]
     account = json.loads(said)
-    assert (account["ok"], account["commands"], account["effects"]) == (True, 2000, 2000)
+    assert (account["ok"], account["commands"], account["effects"]) == (True, 1000, 1000)
     assert account["done_to_them"].keys() >= {"broker away", "broker back"}
-    assert account["pauses"]["rebalances"] >= 2
+    assert account["workers"] >= 3
+    assert account["pauses"].keys() >= {"rebalances", "mean_s", "worst_s", "by_cause"}
