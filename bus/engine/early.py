@@ -104,7 +104,8 @@ class EarlyEngine(ConsumerEngine):
 
     def _reached(self, part: Part) -> Offset:
         lanes: Any = self._lanes
-        return max(part.position, lanes.received(part))
+        received: Offset = lanes.received(part)
+        return max(part.position, received)
 
     def offer(self, item: Item) -> asyncio.Future[Result] | None:
         return None
