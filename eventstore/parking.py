@@ -3,7 +3,7 @@
 A key (within its consumer) is parked as long as its queue in the database holds a message. A message joins the queue's
 end and leaves from its head, so a key's order outlives retries, rebalances, restarts and whoever owns the partition.
 
-What holds it together, on both stores (`tests/eventstore/test_parking_conformance.py`):
+What holds it together, on both stores (`test_parking_conformance.py`, `test_turns_conformance.py`):
 
 - Every message in a queue has a claim that is PARKED. `Store.commit` answers PARKED for a unit whose claim is, and for
   one whose claim is new while its key is parked: such a unit loses like a conflict, and the message goes to `follow`.

@@ -99,6 +99,9 @@ class PostgresInbox:
             ), answers as (
                 delete from {schema}.replies
                  where consumer = $1 and message_id = any(array(select message_id from locked))
+            ), begun as (
+                delete from {schema}.effects
+                 where consumer = $1 and message_id = any(array(select message_id from locked))
             ), gone as (
                 delete from {schema}.claims
                  where consumer = $1 and message_id = any(array(select message_id from locked)) returning 1

@@ -24,6 +24,7 @@ _PAGE = (
     "FROM foldbus_claims c WHERE consumer=? AND message_id>? ORDER BY message_id LIMIT ?"
 )
 _FORGET = "DELETE FROM foldbus_claims WHERE consumer=? AND message_id=? AND state=? AND claimed_at=?"
+_FORGET_EFFECT = "DELETE FROM foldbus_effects WHERE consumer=? AND message_id=?"
 _ENDED = (ClaimState.DONE, ClaimState.DEAD, ClaimState.CANCELLED)
 
 
@@ -122,7 +123,12 @@ class SqliteInbox:
                 aged.append((consumer, id, state, claimed_at))
 
         def forget(connection: sqlite3.Connection) -> int:
-            return sum(connection.execute(_FORGET, one).rowcount for one in aged)
+            gone = 0
+            for one in aged:
+                if connection.execute(_FORGET, one).rowcount:
+                    connection.execute(_FORGET_EFFECT, one[:2])
+                    gone += 1
+            return gone
 
         gone = await self._database.write(forget, together=True) if aged else 0
         return Forgotten(len(page), gone, UUID(bytes=page[-1][0]) if len(page) == limit else None)

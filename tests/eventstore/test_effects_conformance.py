@@ -202,6 +202,17 @@ class TestWhatWasBegun:
         assert again.token > begun.token
         assert await store.effects.commit(begun.token, effect_of(given)) == Outcome(Verdict.STARTED)
 
+    async def test_is_forgotten_with_its_claim(self, store: Store) -> None:
+        given, other = waiting(), waiting()
+        for one_ in (given, other):
+            begun = await begin(store, one_, lease_s=0)
+        dead = replace(unit_of(given, state=ClaimState.DEAD))
+        assert (await store.effects.commit(1, dead)).verdict is Verdict.COMMITTED
+        assert (await store.inbox.forget(CONSUMER, older_than_s=-60)).gone == 1
+        assert await standing(store, given) == NEW
+        assert await standing(store, other) == STARTED
+        assert (await begin(store, given)).token == begun.token
+
     async def test_is_remembered_when_its_undo_cancels_it_in_its_queue(self, store: Store) -> None:
         given = waiting()
         await begin(store, given)

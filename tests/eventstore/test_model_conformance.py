@@ -1,8 +1,9 @@
 """Random programs on both stores, against a model of a dozen rules: what a store answers and holds, the model does too.
 
 A program is a list of steps: calls, several calls at once, transactions that commit or roll back with calls in them,
-reads in pages, chosen reads, streams from either end. Every answer is compared, and in the end everything stored. All
-examples of a test share one database, each under names of its own.
+keys parked, followed and drained, effects begun and ended, reads in pages, chosen reads, streams from either end. Every
+answer is compared, and in the end everything stored. All examples of a test share one database, each under names of its
+own.
 
 Room for more: a step is a class with `run(world)`; list it in `STEPS`. (Snapshots have a suite of their own.)
 """
@@ -10,9 +11,10 @@ Room for more: a step is a class with `run(world)`; list it in `STEPS`. (Snapsho
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from itertools import count, permutations
 from typing import Any
 from uuid import UUID
@@ -21,8 +23,10 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from bus.envelope import Envelope, ReplyOutcome, StreamId
+from eventstore.parking import Waiting
 from eventstore.port import ANY, Append, CancelTimer, Claim, ClaimState, Fence, Outcome, Unit, Verdict, Watermark, Where
 from tests.eventstore.model import Answer, Model
+from tests.eventstore.parked import WHY, waiting
 from tests.eventstore.stores import (
     CONSUMER,
     NOON,
@@ -52,6 +56,8 @@ class World:
     number: int
     base: int
     committed: list[tuple[Unit, Outcome]] = field(default_factory=list)
+    tokens: dict[UUID, int] = field(default_factory=dict)
+    """Of effects, the youngest."""
 
     def id(self, id: UUID) -> UUID:
         return UUID(int=id.int | self.number << 64) if id.int < 1000 else id
@@ -87,6 +93,18 @@ class World:
             timers=tuple(replace(one, consumer=self.consumer(), id=self.id(one.id)) for one in made.timers),
             dead_letter=letter,
         )
+
+    def waiting(self, id: UUID, key: str, timed: bool) -> Waiting:
+        made = replace(waiting(key), envelope=replace(message(key), id=self.id(id)))
+        return replace(made, delivery=None) if timed else made
+
+    def tried(self, unit: Unit, outcome: Outcome, judged: Callable[[Model, Unit], Answer], ends: str) -> None:
+        """A unit that was no ordinary call: what the model says of it, and what is so afterwards."""
+        after = self.model.copy()
+        assert plain(outcome) == judged(after, unit)
+        if outcome.verdict is Verdict.COMMITTED and ends != "rollback":
+            self.model = after
+            self.committed.append((unit, outcome))
 
     def failed_at(self) -> Any:
         return NOON + timedelta(hours=self.number)
@@ -239,6 +257,101 @@ class ReadStream:
         assert [(one.version, one.id) for one in found.records] == wanted_[: self.limit]
 
 
+@dataclass(frozen=True)
+class Park:
+    of: tuple[UUID, str, bool]
+
+    async def run(self, world: World) -> None:
+        id, key, timed = self.of
+        found = await world.store.parking.park(world.consumer(), world.waiting(*self.of), WHY, due_at=NOON)
+        assert (found.state, found.started) == world.model.park(world.id(id), key, timed=timed)
+
+
+@dataclass(frozen=True)
+class Follow:
+    messages: list[tuple[UUID, str, bool]]
+
+    async def run(self, world: World) -> None:
+        waits = [world.waiting(*one) for one in self.messages]
+        found = await world.store.parking.follow(world.consumer(), waits)
+        expected = [world.model.follow(world.id(id), key, timed=timed) for id, key, timed in self.messages]
+        if len({id for id, _, _ in self.messages}) == len(self.messages):  # else the last answer is everybody's
+            assert [(one.state, one.started) for one in found] == expected
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Whose turn it is commits, alone or within a transaction; whose it is not changes nothing."""
+
+    key: str
+    unit: Unit
+    ends: str
+
+    async def run(self, world: World) -> None:
+        parking = world.store.parking
+        turns = await parking.due(consumers=[world.consumer()], limit=10, lease_s=0)
+        assert {turn.key: turn.message.envelope.id for turn in turns} == {
+            key: queue[0] for key, queue in world.model.queues.items()
+        }
+        for turn in turns:
+            if turn.key != self.key:
+                continue
+            unit = world.unit(self.unit)
+            made = Claim(world.consumer(), turn.message.envelope.id, self.key)
+            if unit.claim is not None and unit.claim.fences != made.message_id:
+                made = replace(unit.claim, message_id=made.message_id, key=self.key)
+            unit = replace(unit, claim=made, dead_letter=None)
+            stale = replace(turn, token=turn.token - 1)
+            assert (await parking.commit(stale, unit)).verdict is Verdict.PARKED
+            if self.ends == "alone":
+                outcome = await parking.commit(turn, unit)
+            else:
+                async with world.store.transaction() as tx:
+                    outcome = await parking.commit(turn, unit, tx=tx)
+                    if self.ends == "rollback":
+                        await tx.sql.rollback()
+            world.tried(unit, outcome, Model.turn, self.ends)
+
+
+@dataclass(frozen=True)
+class Cancel:
+    unit: Unit
+
+    async def run(self, world: World) -> None:
+        unit = world.unit(self.unit)
+        assert unit.claim is not None
+        outcome = await world.store.parking.cancel(world.consumer(), unit.claim.fences, unit)
+        world.tried(unit, outcome, Model.cancel, "commit")
+
+
+@dataclass(frozen=True)
+class Begin:
+    id: UUID
+    key: str
+    lasts: bool
+
+    async def run(self, world: World) -> None:
+        id = world.id(self.id)
+        found = await world.store.effects.begin(world.consumer(), id, self.key, lease_s=600 if self.lasts else 0)
+        assert (found.state, found.started) == world.model.begin(id, self.key, lasts=self.lasts)
+        if found.state is ClaimState.NEW:
+            assert found.token > world.tokens.get(id, 0)
+            world.tokens[id] = found.token
+
+
+@dataclass(frozen=True)
+class End:
+    unit: Unit
+    mine: bool
+
+    async def run(self, world: World) -> None:
+        unit = world.unit(self.unit)
+        assert unit.claim is not None
+        token = world.tokens.get(unit.claim.message_id, 1) - (not self.mine)
+        outcome = await world.store.effects.commit(token, unit)
+        world.tried(unit, outcome, partial(Model.end, mine=self.mine), "commit")
+
+
 # --- drawing them ----------------------------------------------------------------------------------------------------
 
 
@@ -289,10 +402,30 @@ CALLS = st.tuples(
     ),
 )
 COMMITS = st.builds(Commit, CALLS)
+WAITING = st.tuples(st.sampled_from(IDS), st.sampled_from(KEYS), st.booleans())
+CLAIMED = units().filter(lambda unit: unit.claim is not None)
+FENCING = st.builds(
+    lambda unit, step: replace(
+        unit, dead_letter=None, claim=replace(unit.claim, fences=step, fence=Fence.CANCEL, state=ClaimState.DONE)
+    ),
+    CLAIMED,
+    st.sampled_from(IDS),
+).filter(lambda unit: unit.claim.fences != unit.claim.message_id)
+PARKING = st.one_of(
+    st.builds(Park, WAITING),
+    st.builds(Follow, st.lists(WAITING, min_size=1, max_size=3)),
+    st.builds(Turn, st.sampled_from(KEYS), units(), st.sampled_from(["alone", "alone", "commit", "rollback"])),
+    st.builds(Cancel, FENCING),
+    st.builds(Begin, st.sampled_from(IDS), st.sampled_from(KEYS), st.booleans()),
+    st.builds(End, CLAIMED, st.booleans()),
+)
 STEPS = st.one_of(
     COMMITS,
     COMMITS,
     COMMITS,
+    PARKING,
+    PARKING,
+    PARKING,
     st.builds(Together, st.lists(CALLS, min_size=2, max_size=3)),
     st.builds(Transaction, st.lists(CALLS, min_size=1, max_size=2), st.sampled_from(["commit", "rollback"])),
     st.builds(ReadLog, st.integers(1, 4), st.booleans()),
@@ -320,11 +453,13 @@ class Program(list[Any]):
         return f"<a program of {len(self)} steps>"
 
 
-PROGRAMS = st.lists(STEPS, min_size=1, max_size=8).map(Program)
+PROGRAMS = st.lists(STEPS, min_size=1, max_size=10).map(Program)
 
 
 def told(step: Any) -> str:
     """A step in short, for whoever reads a falsified example."""
+    if isinstance(step, (Turn, Cancel, End)):
+        return f"{replace(step, unit=None)}: {_unit(step.unit)}"  # type: ignore[arg-type]
     calls = [step.call] if isinstance(step, Commit) else getattr(step, "calls", None)
     if calls is None:
         return repr(step)
@@ -352,6 +487,12 @@ async def compare(world: World) -> None:
     found = await store.examine(world.consumer(), [(id, "") for id in ids])
     expected = [model.claims.get(id, (ClaimState.NEW, None, None)) for id in ids]
     assert [(one.state, one.reply and one.reply.outcome, one.reply and one.reply.id) for one in found] == expected
+    assert [one.started for one in found] == [id in model.begun for id in ids]
+    parked = await store.parking.keys(consumer=world.consumer())
+    assert {one.key: one.waiting for one in parked} == {key: len(queue) for key, queue in model.queues.items()}
+    for key, queue in model.queues.items():
+        waits = await store.parking.queue(world.consumer(), key)
+        assert [one.message.envelope.id for one in waits] == queue
     places: dict[tuple[StreamId, int], Envelope] = {}
     for each in await store.load([wanted(world.stream(one)) for one in STREAMS]):
         assert [record.id for record in each.records] == model.streams.get(each.stream, [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,7 @@ class Pair:
         return task
 
     @asynccontextmanager
-    async def held(self, ends: str = "commit") -> AsyncIterator[Any]:
+    async def held(self, ends: str = "commit") -> AsyncGenerator[Any]:
         async with self.first.transaction() as tx:
             yield tx
             if ends == "rollback":
@@ -104,6 +104,18 @@ class TestAMessageThatComesAsTheQueueEmpties:
         else:
             assert await following == [PARKED]
             assert await ids(pair.second) == [parked.message.envelope.id, late.envelope.id]
+
+    @ENDS
+    async def test_and_fails_parks_its_key_anew_or_joins(self, pair: Pair, ends: str) -> None:
+        await queue_of(pair.first, behind=0)
+        parked, late = await head(pair.first), waiting()
+        async with pair.held(ends) as tx:
+            await pair.first.parking.commit(parked, unit_of(parked), tx=tx)
+            parking = await pair.comes(pair.second.parking.park(CONSUMER, late, WHY, due_at=None))
+        assert await parking == PARKED
+        (key,) = await pair.second.parking.keys()
+        assert (key.waiting, key.due_at) == ((1, None) if ends == "commit" else (2, NOON))
+        assert await commit(pair.second, Unit(claim())) == ["parked"]
 
     async def test_joins_first_and_is_next(self, racing: Pair) -> None:
         await queue_of(racing.first, behind=0)
@@ -367,8 +379,9 @@ async def drain(store: Store, rnd: random.Random, ended: asyncio.Event) -> None:
             assert outcome.verdict in (Verdict.COMMITTED, Verdict.DUPLICATE, Verdict.PARKED)
         if last and not turns and await store.parking.keys() == []:
             return
-        for key in await store.parking.keys() if last and not turns else []:  # in the hands of nobody who is left
-            await store.parking.wake(CONSUMER, key.key)
+        if last and not turns:
+            for key in await store.parking.keys():  # in the hands of nobody who is left
+                await store.parking.wake(CONSUMER, key.key)
         await asyncio.sleep(0)
 
 
