@@ -204,10 +204,10 @@ class TestWhatWasBegun:
 
     async def test_is_forgotten_with_its_claim(self, store: Store) -> None:
         given, other = waiting(), waiting()
-        for one_ in (given, other):
-            begun = await begin(store, one_, lease_s=0)
-        dead = replace(unit_of(given, state=ClaimState.DEAD))
-        assert (await store.effects.commit(1, dead)).verdict is Verdict.COMMITTED
+        begun = await begin(store, given)
+        await begin(store, other)
+        dead = unit_of(given, state=ClaimState.DEAD)
+        assert (await store.effects.commit(begun.token, dead)).verdict is Verdict.COMMITTED
         assert (await store.inbox.forget(CONSUMER, older_than_s=-60)).gone == 1
         assert await standing(store, given) == NEW
         assert await standing(store, other) == STARTED

@@ -314,11 +314,12 @@ class TestReplacing:
         assert outcome.verdict is Verdict.COMMITTED
         assert await ids(store) == [new.envelope.id, second.envelope.id]
         assert await states(store, first, new, second) == ["dead", "parked", "parked"]
+        assert (await store.parking.commit(parked, unit_of(parked))).verdict is Verdict.DUPLICATE
+        taken_for_it = replace(parked, message=new)
+        assert await store.parking.commit(taken_for_it, unit_of(taken_for_it)) == Outcome(Verdict.PARKED)
         again = await head(store)
         assert (again.message, again.number, again.failure) == (new, parked.number, None)
         assert again.parked_at >= parked.parked_at
-        for old in (parked, replace(parked, message=new)):
-            assert await store.parking.commit(old, unit_of(old)) != Outcome(Verdict.COMMITTED)
         assert await ids(store) == [new.envelope.id, second.envelope.id]
 
     async def test_of_the_last_one_keeps_the_key_parked(self, store: Store) -> None:
