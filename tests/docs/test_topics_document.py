@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import subprocess
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from bus.metrics import MemoryMetrics
 from bus.seams import SystemClock
 from bus.transport import TopicSpec
 from foldbus.backends import open_transport
 from tests.docs.blocks import ROOT, write_files
+from tests.foldbus.desk import Cli, cli
 
 _BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The page's files, in the working directory."""
+    files = write_files("docs/topics.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in files:
+        sys.modules.pop(name.removesuffix(".py"), None)
 
 
 async def make(directory: Path, *specs: TopicSpec) -> None:
@@ -24,40 +38,33 @@ async def make(directory: Path, *specs: TopicSpec) -> None:
         await transport.admin.create(specs)
 
 
-def run(script: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FOLDBUS_")}
-    bin = Path(sys.executable).parent
-    environment = kept | {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}"}
-    return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=cwd, env=environment, capture_output=True, text=True, timeout=50
-    )
+def run(block: str) -> list[Cli]:
+    """Line by line; in this process, since starting one takes longer than all that they do."""
+    said = [cli(*shlex.split(line)[1:]) for line in block.splitlines()]
+    assert [one.err for one in said if one.code] == []
+    return said
 
 
-def test_the_commands_do_what_the_page_says(tmp_path: Path) -> None:
-    write_files("docs/topics.md", tmp_path)
+def test_the_commands_do_what_the_page_says(here: Path) -> None:
     topics, pause, place = _BLOCK.findall((ROOT / "docs" / "topics.md").read_text())
-    asyncio.run(make(tmp_path / ".foldbus", TopicSpec("legacy.customers", 3, compact=True)))
+    asyncio.run(make(here / ".foldbus", TopicSpec("legacy.customers", 3, compact=True)))
 
-    ran = run(topics, tmp_path)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "crm.events    6           2592000.0" in ran.stdout
-    assert "all topics are as declared" in ran.stderr
+    planned, _, validated = run(topics)
+    assert re.search(r"^crm\.events +6 +2592000\.0 ", planned.out, re.MULTILINE)
+    assert "all topics are as declared" in validated.err
 
-    ran = run(f"foldbus db upgrade crm:app\n{pause}", tmp_path)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "crm.handler.greet  paused" in ran.stdout
-
-    ran = run(place, tmp_path)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "nothing was changed; --yes to do it" in ran.stderr
-    assert "placed legacy.customers[0] at 0" in ran.stdout
-    assert "retention passed it" in ran.stdout
+    run("foldbus db upgrade crm:app\n" + pause)
+    _, told, done, _, log = run(place)
+    assert "nothing was changed; --yes to do it" in told.err
+    assert done.err == ""
+    assert "placed legacy.customers[0] at 0" in log.out
+    assert "retention passed it" in log.out
+    assert "the mail server moves" in log.out
 
 
-def test_the_service_that_forgets_can_start_where_its_topics_do(tmp_path: Path) -> None:
-    write_files("docs/topics.md", tmp_path)
-    assert run("foldbus topics apply short:app && foldbus topics validate short:app", tmp_path).returncode == 0
-    asyncio.run(make(tmp_path / "other", TopicSpec("short.commands")))
-    ran = run("foldbus topics plan short:app --bus embedded:other", tmp_path)
-    assert ran.returncode == 1
-    assert "keeps messages for ever" in ran.stdout
+def test_the_service_that_forgets_can_start_where_its_topics_do(here: Path) -> None:
+    run("foldbus topics apply short:app\nfoldbus topics validate short:app")
+    asyncio.run(make(here / "other", TopicSpec("short.commands")))
+    refused = cli("topics", "plan", "short:app", "--bus", "embedded:other")
+    assert refused.code == 1
+    assert "keeps messages for ever" in refused.out
