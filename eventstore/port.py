@@ -356,6 +356,9 @@ class Store(Protocol):
     service: str
     epoch: int
     """The log's source epoch; raised when the database is restored from a backup."""
+    epoch_since: datetime | None
+    """When it was raised last, by the database's clock; None: never. What was sent before may have been answered by
+    what the restore took back."""
 
     async def load(self, wanted: Sequence[Wanted]) -> Sequence[Slice]:
         """One round trip for all; answers in the order of `wanted`, each a consistent prefix of its stream."""
@@ -385,6 +388,10 @@ class Store(Protocol):
 
     def transaction(self) -> AbstractAsyncContextManager[Tx]:
         """A transaction with `tx.sql`, an SQLAlchemy connection; committed when the context ends without an error."""
+        ...
+
+    def reading(self) -> AbstractAsyncContextManager[Tx]:
+        """A transaction that only reads, on one snapshot: it holds up no writer, and what writes in it fails."""
         ...
 
     async def take(self, tx: Tx, consumer: str, message_id: UUID, *, key: str | None = None) -> Standing:

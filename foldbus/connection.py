@@ -1,40 +1,43 @@
 """`Connection`: a service as the program around it sees it. Send, request, execute, publish, look at read models.
 
-Opened by `Service.connect()`; with `worker=True` the service's worker (`worker.py`) runs beside it.
+Opened by `Service.connect()` (`connecting.py`); with `worker=True` the service's worker (`worker.py`) runs beside it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, Collection
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 from uuid import UUID
 
 from pydantic import BaseModel
 
+from bus.breaker import Circuits
 from bus.codec import died_error
-from bus.envelope import Envelope, Origin, Position, ReplyOutcome, ReplyTo, StreamId, Token, Version
-from bus.errors import Cancelled, Died, NobodyDecides, OutcomeUnknown, TransportUnavailable
-from bus.messages import Command, Event, Message, Refused
-from bus.metrics import MemoryMetrics, Metrics
+from bus.envelope import Envelope, Origin, Position, ReplyOutcome, StreamId, Version
+from bus.errors import Cancelled, Died, NoAnswer, NobodyDecides, OutcomeUnknown, QueryFailed
+from bus.messages import Command, Event, Message, Query
+from bus.metrics import Metrics
 from bus.processing import Item
-from bus.seams import Clock, Failpoint, Ids, NoFailpoints, SystemClock, Uuid7Ids
-from bus.topics import apply, validate
+from bus.registry import service_of
+from bus.seams import Clock, Failpoint, Ids
 from bus.transport import Transport
 from eventstore.archiving import misfit
 from eventstore.decider import Decider
-from eventstore.port import ClaimState, Store, Tx, Unit, Verdict
+from eventstore.port import Store, Tx, Unit, Verdict
 from eventstore.repository import Loaded, Repository, Step
-from foldbus.backends import BusUrl, StoreUrl, open_store, open_transport
+from foldbus.asking import TOKEN, Receipt, Requests, Status, Unanswered, raised, token_of
 from foldbus.executing import Executing
 from foldbus.outbox import Inbox, Publisher
+from foldbus.querying import Queries, TookTooLong
 from foldbus.reading import Recorded, read_events, read_stream
+from foldbus.resources import Resources
+from foldbus.scheduling import Delayed
 from foldbus.snapshotting import Snapshotter
 from foldbus.staging import Staging, check_kind
+from foldbus.statuses import StatusOf, status_of_other, status_of_own
 from foldbus.transactions import in_transaction
 from foldbus.views import View
 
@@ -52,39 +55,11 @@ S = TypeVar("S")
 Row = TypeVar("Row", bound=BaseModel)
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt(Generic[R]):
-    """An answer with the place in the log where it was decided, for `after=`."""
-
-    value: R
-    token: Token | None
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """What became of a message of this service: its claim's state, and the answer if there is one."""
-
-    state: ClaimState
-    reply: Envelope | None
-
-
-_TOKEN = "_foldbus_token"
-
-
-def token_of(answer: object) -> Token | None:
-    """The token that travelled with an answer; None for None answers, and for models made by hand."""
-    if isinstance(answer, Token):
-        return answer
-    if isinstance(answer, Receipt):
-        return answer.token
-    return cast("Token | None", getattr(answer, "__dict__", {}).get(_TOKEN))
-
-
 class StagedUnit(Staging):
     """What `Connection.unit()` collects; committed when the context ends without an error."""
 
     def unit(self) -> Unit:
-        return Unit(appends=self.appends, asserts=self.asserts, outgoing=self.outgoing)
+        return Unit(appends=self.appends, asserts=self.asserts, outgoing=self.outgoing, timers=self.timers)
 
 
 class Connection:
@@ -105,21 +80,43 @@ class Connection:
         self.clock, self.ids, self.metrics, self.failpoint = clock, ids, metrics, failpoint
         self.publisher = Publisher(transport)
         self.inbox = Inbox(transport, f"{service.name}.inbox", str(ids.new()), metrics)
+        self.requests = Requests(self.publisher, self.inbox, clock=clock, metrics=metrics)
+        self.queries = Queries(self, service.queries)
+        self.delayed = Delayed(service.name, store, metrics=metrics)
+        self.circuits = Circuits(clock=clock, metrics=metrics)
+        self.resources = Resources(self)
         self.worker: Worker | None = None
         self._snapshots: Snapshotter | None = None
         self._executing: Executing | None = None
 
     # --- messages -----------------------------------------------------------------------------------------------
 
-    async def send(self, command: Command[Any], *, id: UUID | None = None) -> UUID:
+    async def send(
+        self,
+        command: Command[Any],
+        *,
+        id: UUID | None = None,
+        at: datetime | None = None,
+        delay_s: float | None = None,
+    ) -> UUID:
         """In the command's topic when it returns: it will be handled. The same `id` again has one effect.
 
-        Raises BadMessageClass, MessageTooLarge, MissingTopics (it was not sent) or OutcomeUnknown (send it again with
-        its id).
+        With `at` or `delay_s` it is stored here and sent then, see `Staging.send` and `cancel_delayed`.
+
+        Raises BadMessageClass, MessageTooLarge, BadDelay, MissingTopics (it was not sent) or OutcomeUnknown (send it
+        again with its id); StoreUnavailable where it is delayed.
         """
+        if at is not None or delay_s is not None:
+            async with self.unit() as unit:
+                return unit.send(command, id=id, at=at, delay_s=delay_s)
         envelope = self.envelope(command, topic=f"{check_kind(command, Command)}.commands", id=id)
         await self.publisher.publish(envelope)
         return envelope.id
+
+    async def cancel_delayed(self, id: UUID) -> bool:
+        """A delayed message of this service, sent by whichever process or handler, is not sent after all. True: it will
+        not be, for certain, also at a second call, and if it is only staged later. False: it was sent before."""
+        return await self.delayed.cancel(id)
 
     @overload
     async def request(
@@ -143,47 +140,77 @@ class Connection:
         topic: str | None = ...,
     ) -> Receipt[R]: ...
 
+    @overload
+    async def request(self, command: Query[R], *, timeout_s: float = ..., topic: str | None = ...) -> R: ...
+
     async def request(
         self,
-        command: Command[R],
+        command: Command[R] | Query[R],
         *,
         timeout_s: float = 5.0,
         id: UUID | None = None,
         receipt: bool = False,
         topic: str | None = None,
     ) -> R | Receipt[R]:
-        """Sends, and waits for the typed answer. `topic` None is where the service that owns the command listens.
+        """Sends, and waits for the typed answer. `topic` None is where the service that owns the command listens. A
+        query is asked, see `ask`.
 
         Raises the `Refused` that the service answered; Died or Cancelled when it was certainly not done; OutcomeUnknown
         when no answer came in `timeout_s`: call again with `id=error.id`, which has no second effect and brings the
-        stored answer. Raises BadMessageClass or NobodyDecides at once for what no worker could answer.
+        stored answer, if there is one. A command that its service reads only after that time is not begun. Raises
+        BadMessageClass or NobodyDecides at once for what no worker could answer.
         """
+        if isinstance(command, Query):
+            return await self.ask(command, timeout_s=timeout_s, topic=topic)
         owner = check_kind(command, Command)
         if topic is None and owner == self.service.name and not self.service.decides(type(command)):
             raise NobodyDecides(
                 f"{command.type_name} belongs to service {owner!r}, and no decider of it takes it; nothing was sent: "
                 "put it into the command union of a `decide`, and that decider into the Service"
             )
-        message_id = id or self.ids.new()
-        to = ReplyTo(self.inbox.topic, self.inbox.instance, self.inbox.instance)
-        deadline = self.clock.now() + timedelta(seconds=timeout_s)
-        where = topic or f"{owner}.commands"
-        envelope = self.envelope(command, topic=where, id=message_id, reply_to=to, deadline=deadline)
-        answer = self.inbox.expect(message_id)
+        envelope = self.envelope(command, topic=topic or f"{owner}.commands", id=id)
         try:
-            async with asyncio.timeout(timeout_s):
-                await self.inbox.ready()
-                await self.publisher.publish(envelope)
-                reply = await asyncio.shield(answer)
-        except TimeoutError:
+            reply = await self.requests.exchange(envelope, timeout_s=timeout_s)
+        except Unanswered as silence:
             self.metrics.count("foldbus_unknown_outcomes_total")
-            raise OutcomeUnknown(message_id, why=_no_answer(timeout_s, where.rpartition(".")[0])) from None
-        except TransportUnavailable as error:
-            self.metrics.count("foldbus_unknown_outcomes_total")
-            raise OutcomeUnknown(message_id, why=f"the broker does not answer: {error}") from error
-        finally:
-            self.inbox.forget(message_id)
+            raise OutcomeUnknown(envelope.id, why=str(silence)) from silence.__cause__
         return self._answer(command, reply, receipt=receipt)
+
+    async def ask(self, query: Query[R], *, timeout_s: float = 5.0, topic: str | None = None) -> R:
+        """The answer of the service that owns the query; in this process when that is this service. Changes nothing,
+        so it may be asked again at any time.
+
+        Raises the `Refused` that was answered; NoAnswer after `timeout_s`; QueryFailed when another service could not
+        answer, what the function raised when this one could not; BadMessageClass or NobodyDecides for what nobody could
+        answer, MissingTopics when the owner answers no queries at all.
+        """
+        owner = check_kind(query, Query)
+        if topic is None and owner == self.service.name:
+            return await self._ask_here(query, timeout_s)
+        envelope = self.envelope(query, topic=topic or f"{owner}.queries")
+        try:
+            reply = await self.requests.exchange(envelope, timeout_s=timeout_s)
+        except Unanswered as silence:
+            self.metrics.count("foldbus_unanswered_queries_total")
+            raise NoAnswer(envelope.type, why=str(silence)) from silence.__cause__
+        if reply.outcome is ReplyOutcome.DIED:
+            raise QueryFailed(envelope.type, error=died_error(reply))
+        return cast("R", raised(self.service.codec.decode_reply(reply, type(query))))
+
+    async def _ask_here(self, query: Query[R], timeout_s: float) -> R:
+        handler = self.queries.handler_of(type(query))
+        if handler is None:
+            raise NobodyDecides(
+                f"{query.type_name} belongs to service {self.service.name!r}, and no query function of it takes it; "
+                "nothing was asked: put one into the Service (queries=[…])"
+            )
+        await self.resources.open()  # left when this connection closes
+        try:
+            answer = await self.queries.answer(handler, query, within_s=timeout_s)
+        except TookTooLong as late:
+            self.metrics.count("foldbus_unanswered_queries_total")
+            raise NoAnswer(str(query.type_name), why=str(late)) from late.__cause__
+        return cast("R", handler.plain(query, answer))
 
     async def execute(self, command: Command[R], *, id: UUID | None = None, timeout_s: float = 30.0) -> R:
         """Decides here and now, without the bus: committed when it returns. For the service's own commands.
@@ -198,6 +225,8 @@ class Connection:
         message_id = id or self.ids.new()
         item = Item(self.envelope(command, topic=None, id=message_id), None)
         decided = any(type(command) in decider.commands for decider in self.service.deciders)
+        if not decided:
+            await self.resources.open()  # left when this connection closes
         await self._executing.run(item, timeout_s=timeout_s, in_turn=decided)
         (standing,) = await self.store.examine(processor.consumer, [(message_id, command.key)])
         if standing.reply is None:
@@ -266,10 +295,20 @@ class Connection:
             since=since, until=until, following=follow,
         )  # fmt: skip
 
-    async def status(self, id: UUID) -> Status:
-        """What became of a command of this service, whoever sent it. Standing NEW: it has not been handled (yet)."""
-        (standing,) = await self.store.examine(self.service.name, [(id, "")])
-        return Status(standing.state, standing.reply)
+    async def status(self, id: UUID, *, of: type[Command[Any]] | str | None = None, timeout_s: float = 5.0) -> Status:
+        """What became of a command, whoever sent it; see `Status`. `of` is its class, or the service that owns it (then
+        the answer is read if its type is named here); None: this service.
+
+        Another service is asked over the bus, if it answers queries: raises NoAnswer, MissingTopics, QueryFailed.
+        """
+        codec = self.service.codec
+        owner = self.service.name if of is None else of if isinstance(of, str) else service_of(of)
+        if owner == self.service.name:
+            (standing,) = await self.store.examine(owner, [(id, "")])
+            return status_of_own(codec, standing)
+        asked = StatusOf(command_id=id)
+        found = await self.ask(asked, timeout_s=timeout_s, topic=f"{owner}.queries")
+        return status_of_other(codec, found, asked, None if isinstance(of, str) else of)
 
     @asynccontextmanager
     async def unit(self, *, tx: Tx | AsyncSession | AsyncConnection | None = None) -> AsyncGenerator[StagedUnit]:
@@ -280,10 +319,15 @@ class Connection:
         log wait for an appender. Raises WrongExpectedVersion when a stream moved on, StreamArchived when it is closed;
         nothing of the unit is written.
         """
-        staged = StagedUnit(self.service.name, self.envelope, max_bytes=self.transport.max_bytes)
+        timers = self.store.timers
+        staged = StagedUnit(self.service.name, self.envelope, max_bytes=self.transport.max_bytes, store_now=timers.now)
         yield staged
+        if staged.delays:
+            await timers.next_due()  # a delay counts from now, by the clock of the store: ask what that says
         within = None if tx is None else await in_transaction(tx, self.store)
         (outcome,) = await self.store.commit([staged.unit()], tx=within)
+        if staged.delays and self.worker is not None:
+            self.worker.wake_timers()
         if outcome.verdict is not Verdict.COMMITTED:
             why = misfit(outcome)
             assert why is not None, outcome
@@ -301,12 +345,10 @@ class Connection:
         *,
         topic: str | None,
         id: UUID | None = None,
-        reply_to: ReplyTo | None = None,
-        deadline: Any = None,
     ) -> Envelope:
         message_id = id or self.ids.new()
         origin = Origin(self.service.name, message_id, self.clock.now(), correlation_id=message_id)
-        return self.service.codec.encode(message, origin, topic=topic, reply_to=reply_to, deadline=deadline)
+        return self.service.codec.encode(message, origin, topic=topic)
 
     def _repository(self, decider: Decider[S, Any, Any]) -> Repository[S, Any, Any]:
         return Repository(
@@ -340,68 +382,20 @@ class Connection:
                 raise Died(reply.causation_id, error=died_error(reply))
             case ReplyOutcome.CANCELLED:
                 raise Cancelled(reply.causation_id)
+            case ReplyOutcome.UNKNOWN:
+                raise OutcomeUnknown(reply.causation_id, why=given_up_begun(died_error(reply)))
             case _:
-                value = self.service.codec.decode_reply(reply, cast("type[Command[Any]]", type(command)))
-        if isinstance(value, Refused):
-            raise value
+                value = raised(self.service.codec.decode_reply(reply, type(command)))
         if receipt:
             return Receipt(cast("R", value), reply.token)
         if value is not None and reply.token is not None:
             # Beside the fields: kept out of equality, hash and dump.
-            object.__setattr__(value, _TOKEN, reply.token)
+            object.__setattr__(value, TOKEN, reply.token)
         return cast("R", value)
 
 
-def _no_answer(timeout_s: float, owner: str) -> str:
-    return f"no answer within {timeout_s} s; is a worker of {owner!r} running (foldbus run, or connect(worker=True))?"
+def given_up_begun(error: str) -> str:
+    return f"it is in the dead letters, given up after its handler had begun to call outside: {error}"
 
 
-@asynccontextmanager
-async def connect(
-    service: Service,
-    *,
-    store: str,
-    bus: str,
-    worker: bool = False,
-    migrate: bool | None = None,
-    apply_topics: bool | None = None,
-    clock: Clock | None = None,
-    ids: Ids | None = None,
-    metrics: Metrics | None = None,
-    failpoint: Failpoint | None = None,
-    **options: Any,
-) -> AsyncGenerator[Connection]:
-    """See `Service.connect`."""
-    from foldbus.worker import Worker
-
-    StoreUrl.parse(store)  # before the bus makes its file
-    embedded = BusUrl.parse(bus).embedded
-    clock, ids, metrics = clock or SystemClock(), ids or Uuid7Ids(), metrics or MemoryMetrics()
-    async with AsyncExitStack() as stack:
-        transport = await stack.enter_async_context(
-            open_transport(
-                bus,
-                clock=clock,
-                metrics=metrics,
-                settings=options.pop("poll", None),
-                client_id=f"foldbus-{service.name}",
-            )
-        )
-        if apply_topics or (apply_topics is None and embedded):
-            await apply(transport.admin, service.topics)
-        else:
-            await validate(transport.admin, service.topics)
-        opened = await stack.enter_async_context(
-            open_store(store, service.name, clock=clock, ids=ids, metrics=metrics, migrate=migrate)
-        )
-        connection = Connection(
-            service, store=opened, transport=transport, clock=clock, ids=ids, metrics=metrics,
-            failpoint=failpoint or NoFailpoints(),
-        )  # fmt: skip
-        stack.push_async_callback(connection.publisher.close)
-        stack.push_async_callback(connection.inbox.close)
-        stack.push_async_callback(connection.close_snapshots)
-        if worker:
-            connection.worker = Worker(connection, **options)
-            await stack.enter_async_context(connection.worker.running())
-        yield connection
+__all__ = ["Connection", "Receipt", "StagedUnit", "Status", "token_of"]

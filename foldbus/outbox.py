@@ -1,17 +1,17 @@
-"""Sending from outside a handler: straight to the topic, and awaiting answers on the service's inbox topic."""
+"""Sending from outside a handler: straight to the topic; and answers to this process, on the service's inbox topic."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 from itertools import islice
 from uuid import UUID
 
 from bus.cloudevents import from_record, to_record
 from bus.codec import check_size
-from bus.envelope import Envelope
+from bus.envelope import Envelope, ReplyOutcome
 from bus.errors import BadInput, OutcomeUnknown, TransportUnavailable
 from bus.metrics import Metrics
 from bus.seams import Clock, SystemClock
@@ -75,11 +75,37 @@ class Publisher:
             await asyncio.gather(self._task, return_exceptions=True)
 
 
+class Waiting:
+    """Whoever waits here for the answer to one id: several may, and share it."""
+
+    __slots__ = ("answer", "deadline", "waiters")
+
+    def __init__(self) -> None:
+        self.waiters = 0
+        self.deadline: datetime | None = None
+        """Of the one that asked last: an answer that says "expired" is about that one or about nobody here."""
+        self.answer: asyncio.Future[Envelope | None] = asyncio.get_running_loop().create_future()
+
+    async def next(self) -> Envelope | None:
+        """The answer. None: it may have come while the topic was not read, so ask again with the same id."""
+        return await asyncio.shield(self.answer)
+
+    def missed(self) -> None:
+        if not self.answer.done():
+            self.answer.set_result(None)
+            self.answer = asyncio.get_running_loop().create_future()
+
+
 class Inbox:
     """Replies to this process: tails the service's inbox topic from the moment of the first request on.
 
-    Every replica reads the topic and keeps what carries its own instance. A reply that nobody waits for any more is
-    counted and dropped: the command's claim keeps it for whoever asks again.
+    Every replica reads the topic and keeps what carries its own instance, told by the record's key before anything is
+    parsed. A reply that nobody waits for any more is counted and dropped: the command's claim keeps it for whoever asks
+    again.
+
+    A broker that does not answer, or a partition whose leader moves, is waited for: the place in the topic stays. When
+    that place is gone (the topic was made anew, retention went past it) the topic is read from its end again and
+    whoever waits is told to ask once more; until then requests wait, nothing is sent.
     """
 
     def __init__(
@@ -87,26 +113,27 @@ class Inbox:
     ) -> None:
         self.topic, self.instance = topic, instance
         self._transport, self._metrics = transport, metrics
-        self._pending: dict[UUID, asyncio.Future[Envelope]] = {}
-        self._waiters: Counter[UUID] = Counter()
+        self._key = instance.encode()
+        self._pending: dict[UUID, Waiting] = {}
         self._reading: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[None] | None = None
         self._closing = False
         self._lates = Summed(clock or SystemClock())
 
-    def expect(self, command_id: UUID) -> asyncio.Future[Envelope]:
+    def expect(self, message_id: UUID, deadline: datetime | None = None) -> Waiting:
         """Call before sending; `forget` afterwards, as often. Two waiters for one id share the answer."""
-        self._waiters[command_id] += 1
-        waiting = self._pending.get(command_id)
+        waiting = self._pending.get(message_id)
         if waiting is None:
-            waiting = self._pending[command_id] = asyncio.get_running_loop().create_future()
+            waiting = self._pending[message_id] = Waiting()
+        waiting.waiters += 1
+        waiting.deadline = deadline
         return waiting
 
-    def forget(self, command_id: UUID) -> None:
-        self._waiters[command_id] -= 1
-        if self._waiters[command_id] <= 0:
-            del self._waiters[command_id]
-            self._pending.pop(command_id, None)
+    def forget(self, message_id: UUID) -> None:
+        waiting = self._pending[message_id]
+        waiting.waiters -= 1
+        if waiting.waiters == 0:
+            del self._pending[message_id]
 
     async def ready(self) -> None:
         """Returns once every reply from now on will be seen. Raises what kept the topic from being opened."""
@@ -117,22 +144,29 @@ class Inbox:
         await asyncio.shield(self._ready)
 
     async def _read(self, ready: asyncio.Future[None]) -> None:
-        """Until closed. What ends a reader (its place in the topic was deleted) is followed by a new one at the end;
-        answers in between are missed: whoever waits for them asks again with the same id."""
+        """Until closed."""
+        opened, failures = False, 0
         while not self._closing:
             try:
                 async with self._transport.tail(self.topic, start="end") as consumer:
-                    if not ready.done():
-                        ready.set_result(None)
+                    if opened:
+                        log.warning("inbox %s is read again, from its end", self.topic)
+                        for waiting in self._pending.values():
+                            waiting.missed()
+                    opened, failures = True, 0
+                    ready.set_result(None)
                     await self._read_on(consumer)
             except Exception as error:
-                if not ready.done():
+                if not opened:
                     ready.set_exception(error)
                     ready.exception()  # seen, also when nobody waits any more
                     return
+                if ready.done():  # whoever asks from now on waits until the topic is read again
+                    ready = self._ready = asyncio.get_running_loop().create_future()
+                failures += 1
                 self._metrics.count("foldbus_inbox_reopened_total", topic=self.topic)
                 log.error("inbox %s is opened anew: %s: %s", self.topic, type(error).__name__, error)
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(min(5.0, 0.1 * 2 ** min(failures, 10)))
 
     async def _read_on(self, consumer: Consumer) -> None:
         while not self._closing:
@@ -144,6 +178,8 @@ class Inbox:
                 await asyncio.sleep(0.2)
                 continue
             for delivery in deliveries:
+                if delivery.key != self._key:
+                    continue  # another replica's: most are, so they are not even parsed
                 try:
                     self._take(from_record(delivery))
                 except BadInput as error:
@@ -155,12 +191,13 @@ class Inbox:
         if reply.reply_to is None or reply.reply_to.instance != self.instance:
             return
         waiting = self._pending.get(reply.causation_id) if reply.causation_id else None
-        if waiting is None or waiting.done():
+        stale = reply.outcome is ReplyOutcome.EXPIRED and waiting is not None and reply.deadline != waiting.deadline
+        if waiting is None or waiting.answer.done() or stale:
             self._metrics.count("foldbus_late_replies_total")
             self._lates.add("replies")
             log.debug("reply to %s came after its deadline, nobody waits for it", reply.causation_id)
         else:
-            waiting.set_result(reply)
+            waiting.answer.set_result(reply)
 
     def _tell_lates(self, *, now: bool = False) -> None:
         for kind, n in self._lates.due(now=now).items():

@@ -50,7 +50,7 @@ from eventstore.postgres import feed, schema
 from eventstore.postgres.archive import PostgresArchive
 from eventstore.postgres.coalescer import FLUSHERS, Asked, Coalescer, LocksHeld
 from eventstore.postgres.effects import PostgresEffects
-from eventstore.postgres.errors import DRIVER_ERRORS, Trouble, kind, translated
+from eventstore.postgres.errors import DRIVER_ERRORS, READ_ONLY, Trouble, code_of, kind, translated
 from eventstore.postgres.flow import PostgresFlow, PostgresInbox
 from eventstore.postgres.leases import PostgresLeases
 from eventstore.postgres.letters import PostgresLetters
@@ -98,6 +98,7 @@ class PostgresStore:
         self.service = service
         self.schema = schema.schema_of(service)
         self.epoch = 0
+        self.epoch_since: datetime | None = None
         self.engine = engine
         self._pool = Pool(engine, metrics)
         self._metrics = metrics
@@ -213,7 +214,8 @@ class PostgresStore:
     async def _begin(self) -> None:
         try:
             async with self.connection() as db:
-                self.epoch = (await schema.check(db, service=self.service)).epoch
+                found = await schema.check(db, service=self.service)
+                self.epoch, self.epoch_since = found.epoch, found.epoch_since
         except DRIVER_ERRORS as error:
             raise translated(error, doing=f"open {self.schema}") from error
         await self.timers.next_due()  # how far the database's clock is from ours
@@ -418,6 +420,23 @@ class PostgresStore:
             raise translated(error, doing="begin or end a transaction") from error
         finally:
             self._wakeups.committed()
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncGenerator[PostgresTx, None]:
+        inside: BaseException | None = None
+        try:
+            async with self.engine.connect() as sql, sql.begin():
+                await sql.exec_driver_sql("set transaction isolation level repeatable read, read only")
+                try:
+                    yield PostgresTx(sql)
+                except BaseException as error:
+                    inside = error
+                    raise
+        except DRIVER_ERRORS as error:
+            passing = kind(error) in (Trouble.UNAVAILABLE, Trouble.RACE) and code_of(error) != READ_ONLY
+            if error is inside and not passing:  # the statement itself, for example one that writes
+                raise
+            raise translated(error, doing="read in a transaction") from error
 
     # --- reading -----------------------------------------------------------------------------------------------------
 

@@ -94,6 +94,7 @@ class SqliteStore:
 
     def __init__(self, database: SqliteDatabase, *, service: str, epoch: int, clock: Clock, metrics: Metrics) -> None:
         self.service, self.epoch = service, epoch
+        self.epoch_since: datetime | None = None
         self.database = database
         """For row tables beside the store's own: `write` and `read` with plain sqlite3."""
         self._clock, self._metrics = clock, metrics
@@ -112,6 +113,7 @@ class SqliteStore:
         self._parking = SqliteParking(database, clock, self._commit_unit, self._undoably)
         self._effects = SqliteEffects(database, clock, self._commit_unit, self._undoably)
         self._engine: AsyncEngine | None = None
+        self._reading_engine: AsyncEngine | None = None
         self._random = random.Random()
 
     @classmethod
@@ -137,12 +139,15 @@ class SqliteStore:
         ) as database:
             epoch = await database.read(lambda connection: migrations.check(connection, database.path, service=service))
             self = cls(database, service=service, epoch=epoch, clock=clock, metrics=metrics)
+            since = await database.read(migrations.epoch_since)
+            self.epoch_since = None if since is None else rows.instant(since)
             try:
                 yield self
             finally:
                 await self._watch.close()
-                if self._engine is not None:
-                    await self._engine.dispose()
+                for engine in (self._engine, self._reading_engine):
+                    if engine is not None:
+                        await engine.dispose()
 
     @classmethod
     async def migrate(cls, path: str | PathLike[str], *, service: str) -> None:
@@ -354,6 +359,16 @@ class SqliteStore:
                 raise self._fault(error) from error
         self._watch.look()
 
+    @asynccontextmanager
+    async def reading(self) -> AsyncGenerator[Tx]:
+        if self._reading_engine is None:
+            self._reading_engine = self._make_reading_engine()
+        async with self._reading_engine.connect() as connection:
+            try:
+                yield SqliteTx(connection)
+            finally:
+                await connection.rollback()
+
     async def take(self, tx: Tx, consumer: str, message_id: UUID, *, key: str | None = None) -> Standing:
         """The file's write lock is all the waiting that there is."""
         try:
@@ -432,6 +447,25 @@ class SqliteStore:
                     await_only(asyncio.sleep(self._random.uniform(0.0005, 0.0015)))
                 finally:
                     cursor.close()
+
+        _ = on_connect, on_begin
+        return engine
+
+    def _make_reading_engine(self) -> AsyncEngine:
+        engine = create_async_engine(
+            f"sqlite+aiosqlite:///{self.database.path.absolute()}", connect_args={"timeout": self.database.busy_s}
+        )
+
+        @event.listens_for(engine.sync_engine, "connect")
+        def on_connect(connection: DBAPIConnection, _: object) -> None:
+            connection.isolation_level = None
+            cursor = connection.cursor()
+            cursor.execute("PRAGMA query_only=ON")
+            cursor.close()
+
+        @event.listens_for(engine.sync_engine, "begin")
+        def on_begin(connection: Connection) -> None:
+            connection.exec_driver_sql("BEGIN")  # its snapshot is that of its first statement
 
         _ = on_connect, on_begin
         return engine
