@@ -51,6 +51,7 @@ def workshop(
             registry=service.registry,
             clock=connection.clock,
             metrics=connection.metrics,
+            rules=service.rules,
         ) as opened:
             yield UnhurriedFeed(opened) if built_in else opened
 
