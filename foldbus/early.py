@@ -91,10 +91,11 @@ class AtMostOnce:
                 known is not None
                 and key
                 and value is not None
+                and not record.flaw
                 and len(value) <= max_bytes
                 and headers.get("content-type", _JSON) == _JSON
                 and headers.get("ce_subject", key) == key
-                and len(headers) <= HEADERS_MAX
+                and len(record.headers) == len(headers) <= HEADERS_MAX
             ):
                 lanes[hash(key) % count].work.append((known, record))
             else:

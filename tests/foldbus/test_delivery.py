@@ -265,6 +265,7 @@ class TestAtMostOnce:
             replace(good, value=b"x" * 2_000_000),
             replace(good, headers=(*good.headers, ("ce_subject", b"twice"))),
             replace(good, headers=()),
+            replace(good, flaw="unpacks to more than there is memory"),
         ]
         keyless = replace(good, key=None)  # its subject says whose it is
         with caplog.at_level(logging.WARNING):
