@@ -80,7 +80,17 @@ async def abandon_producer(producer: Any) -> None:
     await _bounded(producer.client.close())
     if sender is not None:
         await _bounded(_ended([sender]))
-    producer._message_accumulator.fail_all(TimeoutError())  # whoever still waits for a flush may go
+    accumulator = producer._message_accumulator
+    batches = [batch for waiting in accumulator._batches.values() for batch in waiting]
+    # A batch that goes back to be sent once more is taken off those under way, and again when it ends: an error in the
+    # loop for each batch of an outage, unless it is put back before.
+    accumulator._pending_batches.update([batch for batch in batches if batch.retry_count > 0])
+    batches += accumulator._pending_batches
+    accumulator.fail_all(TimeoutError())  # whoever still waits for a flush may go
+    for batch in batches:
+        for future in (batch.future, batch._drain_waiter):
+            if future.done() and not future.cancelled():
+                future.exception()  # seen: nobody else may be waiting for it
 
 
 async def abandon_consumer(raw: Any) -> None:

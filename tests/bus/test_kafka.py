@@ -92,6 +92,7 @@ def test_aiokafka_still_has_inside_what_the_adapter_uses() -> None:
         MessageAccumulator: [
             "self._batches = collections.defaultdict(collections.deque)",
             "self._pending_batches = set()",
+            "self._pending_batches.remove(batch)",
         ],
         BatchBuilder: [
             "self._builder = DefaultRecordBatchBuilder(",

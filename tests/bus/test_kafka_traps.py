@@ -4,9 +4,10 @@ markers, later partitions and commits that a dying broker interrupts. `docs/kafk
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -289,6 +290,31 @@ def test_no_transaction_of_kafka_is_ever_begun() -> None:
     sources = sorted((ROOT / "bus" / "kafka").glob("*.py"))
     assert len(sources) > 5
     assert [path.name for path in sources if named.search(path.read_text())] == []
+
+
+# --- a broker that is away --------------------------------------------------------------------------------------------
+
+
+async def test_records_given_up_while_the_broker_is_away_leave_no_error_behind(fresh_kafka: Kafka) -> None:
+    """aiokafka's accumulator keeps books on what is under way. A producer that is abandoned with batches that were sent
+    once already upset them: an error in the event loop for every batch of an outage."""
+    errors: list[Mapping[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
+    async with opened(fresh_kafka.bootstrap) as transport:
+        topic = await new_topic(transport, partitions=4)
+        await put(transport, topic, "1", partition=0)
+        sending = asyncio.create_task(
+            transport.publish([one for n in range(4) for one in to(topic, str(n), partition=n)])
+        )
+        await eventually(lambda: bool(transport._publisher._sending), what="sending")
+        await asyncio.to_thread(fresh_kafka.kill)
+        assert set(kinds(await sending)) <= {"Ack", "Unknown"}
+        for _ in range(2):
+            answers = await transport.publish([one for n in range(4) for one in to(topic, str(n), partition=n)])
+            assert kinds(answers) == ["Unknown"] * 4
+    gc.collect()
+    await asyncio.sleep(0)
+    assert [str(one.get("exception") or one.get("message")) for one in errors] == []
 
 
 # --- a broker that dies in the middle ---------------------------------------------------------------------------------
