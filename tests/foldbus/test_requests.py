@@ -5,7 +5,7 @@ import asyncio
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -16,14 +16,11 @@ from uuid import UUID
 import pytest
 from pydantic import BaseModel
 
-from bus.cloudevents import to_record
-from bus.codec import reply_envelope
-from bus.envelope import Envelope, Origin, ReplyOutcome, ReplyTo
+from bus.envelope import Envelope
 from bus.errors import OffsetOutOfRange
-from bus.processing import Again, Done, Item, Result, Watermarks
 from bus.seams import SystemClock
-from bus.transport import Ack, Assignment, Delivery, Outgoing
-from eventstore.port import ClaimState, Store, Unit
+from bus.transport import Assignment
+from eventstore.port import ClaimState
 from foldbus import (
     Cancelled,
     Command,
@@ -40,10 +37,8 @@ from foldbus import (
     Status,
     command_status,
 )
-from foldbus.expiry import ExpiringProcessor, how_late
-from foldbus.outbox import Inbox, Publisher
 from tests.docs.blocks import ROOT
-from tests.eventstore.stores import IDS, NOON, SERVICE, claim, message
+from tests.eventstore.stores import IDS
 from tests.stories.pairs import QUICK, Pair, eventually, unique
 
 
@@ -154,279 +149,7 @@ async def test_within_the_tolerance_an_old_request_is_still_handled(pair: Pair) 
             assert await eventually(added, bool) == 1
 
 
-class Inner:
-    """What comes through is noted, and is done unless `again` says otherwise."""
-
-    def __init__(self) -> None:
-        self.group = f"{SERVICE}.commands"
-        self.got: list[UUID] = []
-        self.again: set[UUID] = set()
-
-    def wants(self, type_name: str) -> bool:
-        return True
-
-    async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Result]:
-        self.got += [item.envelope.id for item in batch]
-        return [Again() if item.envelope.id in self.again else Done() for item in batch]
-
-    async def give_up(self, item: Item, failure: Any) -> Result:
-        return Done()
-
-    async def give_up_raw(self, delivery: Delivery, failure: Any) -> None: ...
-
-    async def stored_watermarks(self) -> Watermarks:
-        return {}
-
-    async def store_watermarks(self, watermarks: Watermarks) -> None: ...
-
-    def forget(self, topics: Any) -> None: ...
-
-
-class Silent:
-    """A transport that takes everything."""
-
-    max_bytes = 1_000_000
-
-    def __init__(self) -> None:
-        self.records: list[Outgoing] = []
-
-    async def publish(self, batch: Sequence[Outgoing]) -> Sequence[Ack]:
-        self.records += batch
-        return [Ack(0, 0) for _ in batch]
-
-
-class Desk:
-    """An `ExpiringProcessor` at noon."""
-
-    def __init__(self, store: Store, *, tolerance_s: float = 5.0) -> None:
-        class Noon(SystemClock):
-            def now(self) -> datetime:
-                return NOON
-
-        self.inner, self.metrics, self.transport = Inner(), MemoryMetrics(), Silent()
-        transport: Any = self.transport
-        self.processor = ExpiringProcessor(
-            self.inner, service=SERVICE, store=store, publisher=Publisher(transport), clock=Noon(), ids=IDS,
-            metrics=self.metrics, tolerance_s=tolerance_s,
-        )  # fmt: skip
-
-    async def process(self, *items: Item) -> list[str]:
-        results = await self.processor.process(list(items), {})
-        return [type(result).__name__ for result in results]
-
-    @property
-    def skipped(self) -> int:
-        return self.metrics.total("foldbus_expired_requests_total", consumer=self.inner.group)
-
-
-def request(late_s: float | None = 60.0, *, key: str = "o-1", partition: int = 0, sent: datetime = NOON) -> Item:
-    envelope = replace(
-        message(key),
-        deadline=None if late_s is None else NOON - timedelta(seconds=late_s),
-        reply_to=ReplyTo("front.inbox", "i-7", "i-7"),
-        time=sent,
-    )
-    record = to_record(envelope)
-    part = Assignment("shop.commands", partition)
-    return Item(envelope, Delivery(part, 7, record.key, record.value, record.headers, NOON))
-
-
-class TestTheExpiringProcessor:
-    async def test_skips_what_is_later_than_the_tolerance_and_tells_whoever_waits(self, store: Store) -> None:
-        desk = Desk(store)
-        late, just, early, never = request(5.001), request(5.0), request(-60), request(None)
-        assert await desk.process(late, just, early, never) == ["Done"] * 4
-        assert desk.inner.got == [just.envelope.id, early.envelope.id, never.envelope.id]
-        assert desk.skipped == 1
-        (record,) = desk.transport.records
-        assert (record.topic, record.key, dict(record.headers)["ce_outcome"]) == ("front.inbox", b"i-7", b"expired")
-        assert dict(record.headers)["ce_deadline"].decode() == late.envelope.deadline.isoformat()  # type: ignore[union-attr]
-        (standing,) = await store.examine(desk.inner.group, [(late.envelope.id, "o-1")])
-        assert standing.state is ClaimState.NEW
-
-    async def test_leaves_alone_what_was_taken_up_before(self, store: Store) -> None:
-        desk = Desk(store)
-        done, dead, failed, redriven, undo, timed = (request() for _ in range(6))
-        await store.commit([
-            Unit(claim(done.envelope.id, consumer=desk.inner.group)),
-            Unit(claim(dead.envelope.id, key="o-2", consumer=desk.inner.group, state=ClaimState.DEAD)),
-        ])  # fmt: skip
-        failed.attempts = 1
-        redriven = request(partition=-1)
-        undo = replace(undo, envelope=replace(undo.envelope, undoes=IDS.new()))
-        timed = replace(timed, delivery=None)
-        items = [done, dead, failed, redriven, undo, timed]
-        assert await desk.process(*items) == ["Done"] * 6
-        assert desk.inner.got == [item.envelope.id for item in items]
-        assert desk.skipped == 0
-
-    async def test_says_of_nothing_that_it_is_done_before_what_comes_before_it_is(self, store: Store) -> None:
-        desk = Desk(store)
-        first, late, other = request(None), request(), request(key="o-2")
-        desk.inner.again = {first.envelope.id}
-        assert await desk.process(first, late, other) == ["Again", "Again", "Done"]
-        assert desk.skipped == 1
-        desk.inner.again = set()
-        assert await desk.process(first, late) == ["Done", "Done"]
-        assert desk.skipped == 2
-        assert late.envelope.id not in desk.inner.got
-
-    async def test_goes_on_when_those_who_asked_cannot_be_told(self, store: Store) -> None:
-        desk = Desk(store)
-
-        async def fails(batch: Sequence[Outgoing]) -> Sequence[Ack]:
-            raise MissingTopics(["front.inbox"])
-
-        desk.transport.publish = fails  # type: ignore[method-assign]
-        assert await desk.process(request()) == ["Done"]
-        assert desk.skipped == 1
-
-
-async def test_what_a_restored_database_may_have_answered_is_handled_again(backend: Any) -> None:
-    """A reply is a promise: the restore took the effect back, not the answer that somebody has."""
-    async with backend.open() as store:
-        assert store.epoch_since is None
-        assert (await Desk(store).process(request()), Desk(store).skipped) == (["Done"], 0)
-    if backend.name == "sqlite":
-        from eventstore.sqlite import SqliteStore
-
-        await SqliteStore.restored(backend.where, service=SERVICE)
-    else:
-        from eventstore.postgres import PostgresStore
-
-        await PostgresStore.raise_epoch(backend.where, service=SERVICE)
-    async with backend.open() as store:
-        since = store.epoch_since
-        assert since is not None
-        assert abs(since - datetime.now(UTC)) < timedelta(seconds=120)
-        desk = Desk(store)
-        before, after = request(sent=since - timedelta(seconds=1)), request(sent=since + timedelta(seconds=6))
-        await desk.process(before, after)
-        assert desk.inner.got == [before.envelope.id]
-        assert desk.skipped == 1
-
-
-def test_how_late_a_request_is() -> None:
-    late = request(7.5).envelope
-    assert how_late(late, NOON, tolerance_s=5) == 7.5
-    assert how_late(late, NOON, tolerance_s=7.5) is None
-    assert how_late(replace(late, deadline=None), NOON, tolerance_s=0) is None
-
-
 # --- the inbox --------------------------------------------------------------------------------------------------------
-
-
-class Tails:
-    """A transport whose every tail reads a list of its own: records, or what is raised. `gate` holds up new tails."""
-
-    def __init__(self) -> None:
-        self.lists: list[list[Any]] = []
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.refuse: Exception | None = None
-
-    @asynccontextmanager
-    async def tail(self, topic: str, *, start: Any) -> AsyncGenerator[Any]:
-        await self.gate.wait()
-        if self.refuse is not None:
-            raise self.refuse
-        mine: list[Any] = []
-        self.lists.append(mine)
-
-        class Reader:
-            async def poll(self, *, max_records: int, timeout_s: float) -> Sequence[Delivery]:
-                await asyncio.sleep(0.001)
-                found = mine.pop(0) if mine else None
-                if isinstance(found, Exception):
-                    raise found
-                return [found] if found is not None else []
-
-        yield Reader()
-
-
-def answer(id: UUID, instance: str = "me", *, outcome: Any = ReplyOutcome.OK, deadline: Any = None) -> Delivery:
-    asked = replace(message(), id=id, reply_to=ReplyTo("front.inbox", instance, instance))
-    reply = reply_envelope(asked, outcome, b"null", Origin("shop", IDS.new(), NOON, IDS.new()))
-    return delivered(replace(reply, deadline=deadline))
-
-
-def delivered(envelope: Envelope) -> Delivery:
-    record = to_record(envelope)
-    return Delivery(Assignment("front.inbox", 0), 0, record.key, record.value, record.headers, NOON)
-
-
-GONE = OffsetOutOfRange(Assignment("front.inbox", 0), wanted=1, first=7, end=9)
-
-
-@asynccontextmanager
-async def inbox(tails: Tails, metrics: MemoryMetrics) -> AsyncGenerator[Inbox]:
-    transport: Any = tails
-    opened = Inbox(transport, "front.inbox", "me", metrics)
-    await opened.ready()
-    try:
-        yield opened
-    finally:
-        await opened.close()
-
-
-class TestTheInbox:
-    async def test_does_not_even_parse_what_another_replica_waits_for(self) -> None:
-        tails, metrics, id = Tails(), MemoryMetrics(), IDS.new()
-        async with inbox(tails, metrics) as mine:
-            waiting = mine.expect(id)
-            broken = replace(answer(id, "other"), headers=(("ce_id", b"\xff"),))
-            tails.lists[0] += [broken, answer(id, "other"), replace(broken, key=b"me"), answer(id)]
-            async with asyncio.timeout(5):
-                assert (await waiting.next()) is not None
-        assert metrics.total("foldbus_skipped_total", why="undecodable") == 1
-        assert metrics.total("foldbus_late_replies_total") == 0
-
-    async def test_takes_expired_only_for_the_attempt_that_waits(self) -> None:
-        tails, metrics, id = Tails(), MemoryMetrics(), IDS.new()
-        earlier, later = NOON, NOON + timedelta(seconds=5)
-        async with inbox(tails, metrics) as mine:
-            waiting = mine.expect(id, later)
-            tails.lists[0] += [
-                answer(id, outcome=ReplyOutcome.EXPIRED, deadline=earlier),
-                answer(id, outcome=ReplyOutcome.EXPIRED, deadline=later),
-            ]
-            async with asyncio.timeout(5):
-                reply = await waiting.next()
-            assert reply is not None
-            assert reply.deadline == later
-        assert metrics.total("foldbus_late_replies_total") == 1
-
-    async def test_sends_nothing_until_it_is_read_again(self) -> None:
-        tails, metrics = Tails(), MemoryMetrics()
-        async with inbox(tails, metrics) as mine:
-            tails.gate.clear()
-            tails.lists[0].append(GONE)
-
-            async def reopening() -> int:
-                return metrics.total("foldbus_inbox_reopened_total")
-
-            await eventually(reopening, bool)
-            ready = asyncio.create_task(mine.ready())
-            await asyncio.sleep(0.3)
-            assert not ready.done()
-            tails.gate.set()
-            async with asyncio.timeout(5):
-                await ready
-            assert len(tails.lists) == 2
-
-    async def test_that_cannot_be_opened_again_tries_at_growing_intervals_until_it_is_closed(self) -> None:
-        tails, metrics = Tails(), MemoryMetrics()
-        async with inbox(tails, metrics) as mine:
-            tails.refuse = MissingTopics(["front.inbox"])
-            tails.lists[0].append(GONE)
-
-            async def reopening() -> int:
-                return metrics.total("foldbus_inbox_reopened_total")
-
-            await eventually(reopening, lambda found: found == 3)
-            tails.refuse = None
-            async with asyncio.timeout(10):
-                await mine.ready()
 
 
 async def test_nothing_is_sent_before_the_inbox_has_its_place_in_the_topic(pair: Pair) -> None:
