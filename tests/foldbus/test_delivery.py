@@ -262,7 +262,7 @@ class TestAtMostOnce:
             replace(good, value=b"{"),
             replace(good, value=b'{"who":"somebody else"}'),
             replace(good, value=None),
-            replace(good, value=b"x" * 2_000_000),
+            replace(good, value=(good.value or b"") + b" " * 2_000_000),
             replace(good, headers=(*good.headers, ("ce_subject", b"twice"))),
             replace(good, headers=()),
             replace(good, flaw="unpacks to more than there is memory"),
@@ -469,6 +469,29 @@ class TestABreaker:
         works = [item(Call(who=who)) for who in ("a", "b", "c", "d", "r")]
         assert kinds(await processor.process(works, {})) == ["Failed"] * 4 + ["Done"]
         assert connection.circuits.of(BANK).free is None
+
+
+async def test_an_error_that_is_not_the_dependencys_says_nothing_about_it(store: Store) -> None:
+    """A message that is refused before anything was called does not close a breaker that waits for its probe."""
+    bank, clock = Dependency(), HandClock()
+    bank.down = True
+
+    async def pay(command: Call, ctx: EffectContext) -> None:
+        if command.n == 0:
+            raise Refused("no", code="x.y")
+        if command.n == 13:
+            raise ValueError("thirteen")
+        await bank.call(command.who)
+
+    connection = connect(store, Handler(pay, effect=True, breakers=[BANK]), clock=clock)
+    processor, circuit = command_processor(connection), connection.circuits.of(BANK)
+    await processor.process([item(Call(who=who)) for who in "abc"], {})
+    assert circuit.free == 0
+    clock.ahead_s += 10
+    for n, expected in ((0, "Done"), (13, "Failed")):
+        assert circuit.free == 1
+        assert kinds(await processor.process([item(Call(who=f"d{n}", n=n))], {})) == [expected]
+    assert circuit.free == 1
 
 
 async def test_a_guarded_call_that_is_refused_by_its_breaker_waits_without_an_attempt(store: Store) -> None:

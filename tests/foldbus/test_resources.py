@@ -112,6 +112,31 @@ class TestALifespan:
         assert entered == [connection]
         assert sorted(mailer.sent) == sorted(wanted), "each once"
 
+    async def test_is_there_for_what_is_in_hand_when_the_worker_ends(self, tmp_path: Path) -> None:
+        name, mailer, inside = unique("mail"), Mailer(), asyncio.Event()
+
+        class Send(Command[None], type=f"{name}.send.v1"):
+            who: Key[str]
+
+        async def send(command: Send, ctx: EffectContext[Mailer]) -> None:
+            inside.set()
+            while connection.worker is not None and connection.worker.running_now:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0)
+            ctx.deps.send(command.who)
+
+        @asynccontextmanager
+        async def lifespan(connection: Connection) -> AsyncIterator[Mailer]:
+            yield mailer
+            mailer.closed = True
+
+        service = Service(name, handlers=[Handler(send, effect=True)], lifespan=lifespan)
+        where: dict[str, Any] = {"store": f"sqlite:{tmp_path}", "bus": f"embedded:{tmp_path}"}
+        async with service.connect(**where, worker=True) as connection:
+            await connection.send(Send(who="a"))
+            await asyncio.wait_for(inside.wait(), 30)
+        assert (mailer.sent, mailer.closed) == (["a"], True)
+
     async def test_that_fails_is_told_and_nothing_is_consumed(self, tmp_path: Path) -> None:
         @asynccontextmanager
         async def lifespan(connection: Connection) -> AsyncIterator[Mailer]:
