@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from bus.errors import MissingTopics
 from bus.transport import TopicAdmin
+from eventstore.flow import Pause
 from eventstore.port import Store
 from foldbus.relay import LEASE
 from foldbus.saga_list import saga_list
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from foldbus.connection import Connection
 
 _PAGE = 1000
+_PARKED_PAGE = 100
+"""Each comes with the bytes of its head."""
+PARKED_MAX = 1000
 COUNTED_MAX = 10_000
 """Nothing is counted further than this: `…_more` says that there is more."""
 
@@ -85,6 +89,18 @@ class TimerLag:
 
 
 @dataclass(frozen=True, slots=True)
+class ParkedLag:
+    """Parked keys, how many of them are held, and the messages that wait in their queues. `oldest_s`: for how long the
+    one that was parked first has been."""
+
+    keys: int = 0
+    held: int = 0
+    messages: int = 0
+    more: bool = False
+    oldest_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Lag:
     service: str
     groups: tuple[GroupLag, ...]
@@ -102,6 +118,10 @@ class Lag:
     """What workers lead now, and for how many seconds unless they renew it."""
     sagas: SagaLag | None = None
     """None: this service has no sagas."""
+    parked: Mapping[str, ParkedLag] = field(default_factory=dict[str, ParkedLag])
+    """By consumer, those that have any; of the first `PARKED_MAX` keys."""
+    paused: Mapping[str, Pause] = field(default_factory=dict[str, Pause])
+    """Groups that an operator paused."""
 
 
 async def measure(connection: Connection) -> Lag:
@@ -135,6 +155,8 @@ async def measure(connection: Connection) -> Lag:
         worker=LEASE in leases,
         leases={name: round(left, 3) for name, left in leases.items()},
         sagas=await _sagas(connection) if connection.service.sagas else None,
+        parked=await _parked(store),
+        paused=await store.flow.paused(),
     )
 
 
@@ -214,6 +236,27 @@ async def _timers(store: Store) -> TimerLag:
     due = await store.timers.next_due()
     late = 0.0 if due is None else max(0.0, (store.timers.now() - due).total_seconds())
     return TimerLag(due, round(late, 3))
+
+
+async def _parked(store: Store) -> dict[str, ParkedLag]:
+    found: dict[str, ParkedLag] = {}
+    after, count, now = None, 0, store.timers.now()
+    while True:
+        page = await store.parking.keys(after=after, limit=_PARKED_PAGE)
+        count += len(page)
+        for one in page:
+            so_far = found.get(one.consumer, ParkedLag())
+            found[one.consumer] = ParkedLag(
+                so_far.keys + 1,
+                so_far.held + (one.due_at is None),
+                so_far.messages + one.waiting,
+                oldest_s=round(max(so_far.oldest_s or 0.0, (now - one.since).total_seconds()), 3),
+            )
+        if len(page) < _PARKED_PAGE:
+            return found
+        if count >= PARKED_MAX:
+            return {consumer: replace(one, more=True) for consumer, one in found.items()}
+        after = (page[-1].consumer, page[-1].key)
 
 
 async def count_dead_letters(store: Store) -> tuple[int, bool]:

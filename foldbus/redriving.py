@@ -19,12 +19,13 @@ from uuid import UUID
 
 from pydantic import ValidationError
 
-from bus.cloudevents import from_record
 from bus.codec import explain, kind_of, to_bytes
 from bus.envelope import Envelope, Kind
 from bus.errors import BadInput, FoldbusError, UnknownType
 from bus.metrics import Metrics
+from bus.records import RecordReader
 from bus.seams import Clock, Failpoint, Ids, NoFailpoints
+from bus.topics import DEAD_LETTER_ROOM_BYTES
 from bus.transport import Assignment, Delivery, TopicSpec
 from eventstore.port import (
     ClaimState,
@@ -147,13 +148,13 @@ class Redriver:
                 return Plan(letter, refused=f"it cannot be read: {error}; give it another payload")
             message = None
         if edit is not None:
-            message = self._edited(letter, message, edit)
+            message = self.edited(letter, message, edit)
         assert message is not None
         if len(message.data) > self._max_bytes:
             return Plan(letter, refused=f"{len(message.data)} bytes of payload; wanted at most {self._max_bytes}")
         if letter.consumer == RELAY:
             return Plan(letter, message, Unit(outgoing=(message,)), edited=edit is not None)
-        if not sagas_too and (why := _of_a_saga(message)) is not None:
+        if not sagas_too and (why := of_a_saga(message)) is not None:
             return Plan(letter, refused=why)
         if (fault := self._fault(message)) is not None:
             return Plan(letter, refused=f"it cannot be read: {fault}; give it another payload, or mend the code")
@@ -219,7 +220,7 @@ class Redriver:
         delivery = Delivery(part, letter.offset, letter.key, letter.value, letter.headers, letter.failure.failed_at)
         if delivery.size > self._max_bytes + len(letter.key or b"") + 64 * 1024:
             raise UnknownType(f"a record of {delivery.size} bytes; wanted at most {self._max_bytes}")
-        envelope = from_record(delivery)
+        envelope = RecordReader(self._max_bytes + DEAD_LETTER_ROOM_BYTES, self._service.rules)(delivery)
         return replace(envelope, topic=letter.topic or None)
 
     def _fault(self, message: Envelope) -> str | None:
@@ -235,7 +236,7 @@ class Redriver:
             return str(error)
         return None
 
-    def _edited(self, letter: DeadLetter, message: Envelope | None, edit: Edit) -> Envelope:
+    def edited(self, letter: DeadLetter, message: Envelope | None, edit: Edit) -> Envelope:
         """With an id of its own, caused by the dead one."""
         name = edit.type or (message.type if message is not None else letter.type)
         try:
@@ -294,7 +295,7 @@ _CANCELLED = "its undo came first: it is cancelled, and the fence keeps it so"
 _GONE = "this letter is not open any more: somebody else settled it, or it died again"
 
 
-def _of_a_saga(message: Envelope) -> str | None:
+def of_a_saga(message: Envelope) -> str | None:
     """Why a saga's command is left alone. Its timeouts are no commands: only it waits for them."""
     to = message.reply_to
     if message.kind is not Kind.COMMAND or to is None or not to.topic.endswith(_OF_SAGAS):

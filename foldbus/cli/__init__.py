@@ -7,13 +7,31 @@ from __future__ import annotations
 
 import typer
 
-from foldbus.cli import db, demo, describe, dlq, history, lag, projection, replay, run, saga, schema, store, topics
+from foldbus.cli import (
+    db,
+    demo,
+    describe,
+    dlq,
+    flow,
+    history,
+    lag,
+    parked,
+    projection,
+    replay,
+    run,
+    saga,
+    schema,
+    store,
+    topics,
+)
 from foldbus.cli.running import Commands
 
 app = typer.Typer(
     name="foldbus", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for _part in (run, demo, describe, history, lag, saga, projection, replay, dlq, topics, schema, db, store):
+_LOOKING = (describe, history, lag)
+_ACTING = (saga, projection, replay, dlq, parked)
+for _part in (run, demo, *_LOOKING, *_ACTING, topics, flow, schema, db, store):
     _part.add_to(app)
 
 

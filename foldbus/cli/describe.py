@@ -41,7 +41,10 @@ def document(service: Service) -> dict[str, Any]:
             for spec in service.topics
         ],
         "foreign_topics": list(service.foreign_topics),
-        "groups": [{"name": name, "topics": list(topics)} for name, topics in service.groups.items()],
+        "groups": [
+            {"name": name, "topics": list(topics), "policy": service.policy(name)}
+            for name, topics in service.groups.items()
+        ],
         "deciders": [
             {
                 "category": one.category,
@@ -93,7 +96,9 @@ def _show(found: dict[str, Any]) -> None:
     print(f"service {found['service']}\n")
     print_columns(("topic", "partitions", "retention_s", "max_bytes"), [tuple(one.values()) for one in found["topics"]])
     print()
-    print_columns(("group", "reads"), [(one["name"], one["topics"]) for one in found["groups"]])
+    print_columns(
+        ("group", "reads", "policy"), [(one["name"], one["topics"], one["policy"]) for one in found["groups"]]
+    )
     for decider in found["deciders"]:
         print(f"\ndecider {decider['category']}")
         for command in decider["commands"]:

@@ -59,6 +59,7 @@ def _show(found: Lag, everything: bool) -> None:
         ("worker", "one leads" if found.worker else "none leads: is one running (foldbus run)?"),
         ("groups", f"{sum(one.behind for one in found.groups)} behind"),
         *((f"group {group}", f"waits for topic {', '.join(topics)}") for group, topics in found.waiting_groups.items()),
+        *((f"group {one.group}", f"paused by {one.by} since {one.at.isoformat()}") for one in found.paused.values()),
         ("relay", f"{_count(relay.waiting, relay.waiting_more)} not published{oldest}"),
     ]
     for one in found.projections:
@@ -68,6 +69,10 @@ def _show(found: Lag, everything: bool) -> None:
         lines.append((f"projection {one.name}", f"{one.behind} behind, {where}{building}{waits}"))
     if found.sagas is not None:
         lines.append(("sagas", f"{found.sagas.parked} parked, {found.sagas.undoing} undoing"))
+    for consumer, its in found.parked.items():
+        oldest = "" if its.oldest_s is None else f", the oldest for {its.oldest_s:.1f} s"
+        keys = _count(its.keys, its.more)
+        lines.append((f"parked {consumer}", f"{keys} keys, {its.held} held; {its.messages} messages wait{oldest}"))
     lines += [("timers", late), ("dead letters", _count(found.dead_letters, found.dead_letters_more))]
     print_columns(("", "state"), lines)
 

@@ -140,9 +140,9 @@ def document(found: Letter) -> dict[str, Any]:
         "topic": one.topic,
         "partition": one.partition,
         "offset": one.offset,
-        **_bytes("key", one.key),
-        **_bytes("value", one.value),
-        "headers": [{"name": name, **_bytes("value", value)} for name, value in one.headers],
+        **bytes_as_text("key", one.key),
+        **bytes_as_text("value", one.value),
+        "headers": [{"name": name, **bytes_as_text("value", value)} for name, value in one.headers],
         "error": failure.error,
         "message": failure.message,
         "stack": failure.stack,
@@ -160,7 +160,7 @@ def document(found: Letter) -> dict[str, Any]:
     }
 
 
-def _bytes(name: str, found: bytes | None) -> dict[str, str | None]:
+def bytes_as_text(name: str, found: bytes | None) -> dict[str, str | None]:
     """As text where it is text; the other of the two fields is None."""
     if found is None:
         return {name: None, f"{name}_base64": None}

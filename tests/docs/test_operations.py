@@ -74,6 +74,7 @@ def test_the_commands_do_what_the_page_says(tmp_path: Path, database: str) -> No
     shell(blocks("Upgrade"), tmp_path, database)
     assert "1" in shell(blocks("Restore a backup"), tmp_path, database)
     asyncio.run(read_to_the_end(database, f"embedded:{tmp_path}/.foldbus"))
+    assert "is not parked" in shell(blocks("Parked keys"), tmp_path, database)
     archived = shell(blocks("Archive and truncate").replace("o-1", some[0]), tmp_path, database)
     assert f"archived order/{some[0]}" in archived
     assert f"restored order/{some[0]}" in archived

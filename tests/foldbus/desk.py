@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from foldbus import Connection, Service
 from foldbus.cli import app as program
+from tests.stories.pairs import QUICK
 
 T = TypeVar("T")
 
@@ -74,7 +75,8 @@ class Desk:
 
     def do(self, work: Callable[[Connection], Awaitable[T]], *, worker: bool = True) -> T:
         async def run() -> T:
-            async with self.service.connect(store=self.store, bus=self.bus, worker=worker) as connection:
+            options: dict[str, Any] = {"settings": QUICK} if worker else {}
+            async with self.service.connect(store=self.store, bus=self.bus, worker=worker, **options) as connection:
                 return await work(connection)
 
         return asyncio.run(run())
@@ -99,7 +101,7 @@ class Desk:
             end = asyncio.Event()
             ending.append(lambda: loop.call_soon_threadsafe(end.set))
             loop = asyncio.get_running_loop()
-            async with self.service.connect(store=self.store, bus=self.bus, worker=True):
+            async with self.service.connect(store=self.store, bus=self.bus, worker=True, settings=QUICK):
                 begun.set_result(None)
                 await end.wait()
 

@@ -117,7 +117,8 @@ class TestItsPage:
     text = (ROOT / "docs" / "cli.md").read_text()
 
     def test_names_every_command_and_no_other(self) -> None:
-        named = set(re.findall(r"foldbus ((?:db|topics|saga|projection|dlq|schema|store) [a-z-]+|[a-z]+)\b", self.text))
+        groups = "db|topics|flow|saga|projection|dlq|parked|schema|store"
+        named = set(re.findall(rf"foldbus ((?:{groups}) [a-z-]+|[a-z]+)\b", self.text))
         assert named == set(_commands(typer.main.get_command(program)))
 
     def test_names_every_variable(self) -> None:
@@ -141,7 +142,7 @@ class TestTopics:
             assert [spec["name"] for spec in said.data["create"]] == names
             assert said.code == (0 if command == "plan" else 1)
         assert [spec["name"] for spec in desk.cli("topics apply", "--json").data["create"]] == names
-        assert desk.cli("topics apply", "--json").data == {"create": [], "mismatches": []}
+        assert desk.cli("topics apply", "--json").data == {"create": [], "mismatches": [], "absent": []}
         assert desk.cli("topics validate").code == 0
 
     def test_that_are_there_otherwise_exit_1_and_nothing_is_created(self, desk: Desk) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -46,10 +47,11 @@ def events(desk: Desk) -> list[tuple[str, str]]:
 
 def until_handled(desk: Desk) -> None:
     async def wait(connection: Connection) -> None:
-        async def no_timer() -> bool:
-            return await connection.store.timers.next_due() is None
+        async def nothing_waits() -> bool:
+            store = connection.store
+            return await store.timers.next_due() is None and not await store.parking.keys()
 
-        await until(no_timer)
+        await until(nothing_waits)
 
     desk.do(wait)
 
@@ -86,12 +88,9 @@ class TestRedrive:
 
     def test_of_a_sagas_step_is_refused_with_the_reason_unless_it_is_asked_for(self, desk: Desk) -> None:
         async def bad(connection: Connection) -> None:
-            step = connection.envelope(
-                desk.module.Open(ticket_id="a", number=666),
-                topic="desk.commands",
-                reply_to=ReplyTo("desk.replies", str(UUID(int=7)), "tidy"),
-            )
-            await connection.store.commit([Unit(outgoing=(step,))])
+            step = connection.envelope(desk.module.Open(ticket_id="a", number=666), topic="desk.commands")
+            to = ReplyTo("desk.replies", str(UUID(int=7)), "tidy")
+            await connection.store.commit([Unit(outgoing=(replace(step, reply_to=to),))])
             await dead_letters(connection, 1)
 
         desk.do(bad)

@@ -24,13 +24,16 @@ from bus.seams import SystemClock
 from bus.transport import PollSettings, Transport
 from foldbus import Connection, Service, WorkerSettings
 from foldbus.backends import open_transport
+from foldbus.parking import ParkSettings
 
 T = TypeVar("T")
 
 QUICK = WorkerSettings(
     engine=EngineSettings(attempts_max=3, retry_base_s=0.01, retry_max_s=0.05, commit_interval_s=0.2),
+    parking=ParkSettings(base_s=0.02, max_s=0.1, total_s=0.2, lease_s=5.0),
     timer_poll_s=0.05,
 )
+"""What fails is retried, parked and a dead letter within a second."""
 
 
 @dataclass(frozen=True)
