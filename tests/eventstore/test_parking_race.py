@@ -117,13 +117,17 @@ class TestAMessageThatComesAsTheQueueEmpties:
         assert (key.waiting, key.due_at) == ((1, None) if ends == "commit" else (2, NOON))
         assert await commit(pair.second, Unit(claim())) == ["parked"]
 
-    async def test_joins_first_and_is_next(self, racing: Pair) -> None:
+    @pytest.mark.parametrize("fails", [False, True], ids=["follows", "fails"])
+    async def test_joins_first_and_is_next(self, racing: Pair, fails: bool) -> None:
         await queue_of(racing.first, behind=0)
         parked, late = await head(racing.first), waiting()
         async with racing.first.connection() as db, db.transaction():
-            columns = [[value] for value in queued.columns(late)]
-            joins = (CONSUMER, [late.envelope.id], ["o-1"], [False], *columns)
-            await db.fetch(racing.first.parking._follow, *joins)
+            if fails:
+                await parks(racing.first, db, late)
+            else:
+                columns = [[value] for value in queued.columns(late)]
+                joins = (CONSUMER, [late.envelope.id], ["o-1"], [False], *columns)
+                await db.fetch(racing.first.parking._follow, *joins)
             emptying = await racing.comes(racing.second.parking.commit(parked, effect_of(parked)))
         assert (await emptying).verdict is Verdict.COMMITTED
         assert await ids(racing.first) == [late.envelope.id]
