@@ -27,7 +27,8 @@ from tests.servers import MissingServer, both
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 0.02
-WARM_UP_S = 5.0
+WARM_UP_S = 15.0
+"""For starting, four at a time."""
 
 
 async def shares(setting: Setting, seconds: float) -> dict[str, float]:

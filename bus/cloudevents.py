@@ -39,8 +39,8 @@ _TO_KIND = {kind.value.encode(): kind for kind in Kind}
 _TO_OUTCOME = {outcome.value.encode(): outcome for outcome in ReplyOutcome}
 _KIND_HEADER = {kind: ("ce_kind", kind.value.encode()) for kind in Kind}
 _OUTCOME_HEADER = {outcome: ("ce_outcome", outcome.value.encode()) for outcome in ReplyOutcome}
-_SPECVERSION_HEADER = ("ce_specversion", b"1.0")
-_CONTENT_TYPE_HEADER = ("content-type", _JSON)
+SPECVERSION_HEADER = ("ce_specversion", b"1.0")
+CONTENT_TYPE_HEADER = ("content-type", _JSON)
 
 _STANDARD = ("ce_specversion", "ce_id", "ce_source", "ce_type", "ce_time", "ce_subject", "content-type")
 _STORY = ("ce_correlationid", "ce_causationid")
@@ -89,13 +89,13 @@ def _headers_of(envelope: Envelope) -> Headers:
     message_id = str(envelope.id).encode()
     correlation_id = envelope.correlation_id
     headers = [
-        _SPECVERSION_HEADER,
+        SPECVERSION_HEADER,
         ("ce_id", message_id),
-        _source_header(envelope.source),
-        _type_header(envelope.type),
+        source_header(envelope.source),
+        type_header(envelope.type),
         ("ce_time", envelope.time.isoformat().encode()),
         ("ce_subject", envelope.key.encode()),
-        _CONTENT_TYPE_HEADER,
+        CONTENT_TYPE_HEADER,
         _KIND_HEADER[envelope.kind],
         ("ce_correlationid", message_id if correlation_id is envelope.id else str(correlation_id).encode()),
     ]
@@ -125,7 +125,7 @@ def _headers_of(envelope: Envelope) -> Headers:
     if envelope.outcome is not None:
         add(_OUTCOME_HEADER[envelope.outcome])
     if envelope.token is not None:
-        add(("ce_token", _token_bytes(envelope.token)))
+        add(("ce_token", token_bytes(envelope.token)))
     if envelope.tenant is not None:
         add(("ce_tenantid", envelope.tenant.encode()))
     if envelope.actor is not None:
@@ -146,17 +146,17 @@ def _add_own_headers(headers: list[tuple[str, bytes]], envelope: Envelope) -> No
 
 
 @lru_cache(maxsize=1024)
-def _source_header(source: str) -> tuple[str, bytes]:
+def source_header(source: str) -> tuple[str, bytes]:
     """`orders` is `/orders` on the wire, a URI reference; what is a path or a URI already stays."""
     return "ce_source", (source if "/" in source or ":" in source else f"/{source}").encode()
 
 
 @lru_cache(maxsize=4096)
-def _type_header(type_name: str) -> tuple[str, bytes]:
+def type_header(type_name: str) -> tuple[str, bytes]:
     return "ce_type", type_name.encode()
 
 
-def _token_bytes(token: Token) -> bytes:
+def token_bytes(token: Token) -> bytes:
     parts = (token.epoch, token.position, token.public, token.source, token.key)
     return json.dumps(parts, separators=(",", ":"), ensure_ascii=False).encode()
 
@@ -167,6 +167,8 @@ def _token_bytes(token: Token) -> bytes:
 def from_record(delivery: Delivery) -> Envelope:
     """The envelope of a record that was read. Raises Undecodable, saying what was found and what was wanted."""
     try:
+        if delivery.flaw:
+            raise _Bad(delivery.flaw)
         return _read(delivery)
     except UnicodeDecodeError as error:
         found = f"byte {error.object[error.start]:#04x} at {error.start}"
@@ -189,12 +191,13 @@ def _read(delivery: Delivery) -> Envelope:
     if len(headers) > HEADERS_MAX:
         raise _Bad(f"found {len(headers)} headers, wanted at most {HEADERS_MAX}")
     blob = b"".join([value for _, value in headers])
-    if len(blob) > HEADER_BYTES_MAX // 2 and len(blob) + sum(len(name) for name, _ in headers) > HEADER_BYTES_MAX:
+    rest = dict(headers)
+    strange = len(rest) != len(headers) or not rest.keys() <= _RESERVED  # else the names are few and short
+    if len(blob) + (sum([len(name) for name, _ in headers]) if strange else 0) > HEADER_BYTES_MAX:
         raise _Bad(f"found more than {HEADER_BYTES_MAX} bytes of headers, wanted at most that")
     if b"\x00" in blob:
         raise _Bad(f"header {next(name for name, value in headers if 0 in value)!r:.80} holds a NUL, wanted text")
-    rest = dict(headers)
-    if len(rest) != len(headers) or not rest.keys() <= _RESERVED:
+    if strange:
         rest = _tidy(headers)
     data = delivery.value
     content_type = rest.pop("content-type", _JSON)

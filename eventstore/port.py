@@ -24,6 +24,7 @@ from bus.envelope import Envelope, Failure, Offset, Position, StreamId, Token, V
 from bus.quick import quick
 from eventstore.flow import Flow, Inbox
 from eventstore.parking import Effects, Parking
+from eventstore.records import Records
 
 if TYPE_CHECKING:  # half a second of imports that most processes never need
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -90,6 +91,7 @@ class Standing:
     token: int = 0
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Append:
     """Events for one stream. `expected` is the version before the first of them; within one call the next append to
@@ -471,6 +473,9 @@ class Store(Protocol):
 
     @property
     def letters(self) -> Letters: ...
+
+    @property
+    def records(self) -> Records: ...
 
     @property
     def parking(self) -> Parking: ...

@@ -1,9 +1,12 @@
 """The relay: publishes what the log holds, in the log's order.
 
-One leader per service, by lease. It reads events and outgoing messages in position order, publishes them in batches and
-marks how far it came, by compare-and-set on the lease's token. A leader that dies between publishing and marking is
-followed by one that publishes the same suffix again: positions rise within a partition, except in a replayed suffix,
-and consumers recognise the ids.
+One leader per service, by lease. It reads events and outgoing messages in position order, publishes them page by page
+and marks how far it came, by compare-and-set on the lease's token. While a page is on its way to the broker the next
+one is read, and the mark of those before is written: a page is published at a time, never two, so nothing is overtaken.
+
+A leader that dies between publishing and marking is followed by one that publishes the same suffix again: positions
+rise within a partition, except in a replayed suffix, and consumers recognise the ids. `RelaySettings` bounds how long
+that suffix is.
 """
 
 from __future__ import annotations
@@ -14,16 +17,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from uuid import uuid5
 
-from bus.cloudevents import to_record
-from bus.envelope import Envelope, Failure, Kind, Position
 from bus.errors import Fenced, MissingTopics
 from bus.metrics import Metrics
 from bus.seams import Clock, Failpoint
-from bus.transport import Ack, Failed, Outgoing, Published, Transport
+from bus.transport import Ack, Failed, Published, Transport
+from eventstore.ahead import Ahead
 from eventstore.errors import StoreUnavailable
-from eventstore.port import DeadLetter, Leadership, Lease, Store, Unit
+from eventstore.port import Leadership, Store
+from eventstore.records import RecordPage
+from foldbus.relay_marks import Marks
+from foldbus.relay_waiting import Due, Waiting, is_reply, refused_letter
 
 log = logging.getLogger("foldbus.relay")
 
@@ -32,7 +36,15 @@ LEASE = "relay"
 
 @dataclass(frozen=True, slots=True)
 class RelaySettings:
-    batch_max: int = 1000
+    """A crash, or a lease that is lost, makes the successor publish again what was not marked: what was published
+    within `mark_s` and the time that a mark takes, at most `unmarked_max` records and a page."""
+
+    batch_max: int = 2000
+    """Messages per page: what is published at a time."""
+    mark_s: float = 0.1
+    """The checkpoint is written as often, at most."""
+    unmarked_max: int = 20_000
+    """So many records may be published above the checkpoint; then publishing waits for the mark."""
     wait_s: float = 1.0
     lease_ttl_s: float = 10.0
     retry_max_s: float = 5.0
@@ -45,6 +57,8 @@ class RelaySettings:
     """So many records may wait for missing topics; then the relay stands still until one of them appears."""
     prune_every: int = 20_000
     """Published outgoing rows are deleted after so many positions, or when the log is idle."""
+    prune_s: float = 1.0
+    """In an idle log they are deleted as often, at most."""
 
 
 class Relay:
@@ -63,7 +77,6 @@ class Relay:
         self._clock, self._metrics, self._failpoint = clock, metrics, failpoint
         self._settings = settings or RelaySettings()
         self._rng = rng or random.Random()
-        self._pruned: Position = 0
 
     async def run(self) -> None:
         """Until cancelled: lead, publish, be followed. Faults of the store or the broker are waited out."""
@@ -82,45 +95,55 @@ class Relay:
                 await self._pause(failures)
 
     async def _lead(self, leadership: Leadership) -> None:
-        """`read` is how far the log was read, `marked` how far it is published for certain: up to the first record that
-        waits for a topic. A successor begins at `marked` and publishes what came after it once more."""
-        lease = leadership.lease
-        read = marked = lease.position
-        waiting = _Waiting(self._clock)
-        while not leadership.lost:
-            if waiting and await self._retry(waiting, leadership):
-                marked = await self._mark(lease, marked, waiting.marks_up_to(read))
-            if len(waiting) >= self._settings.waiting_max:  # nothing may pile up without a bound
-                await self._pause(10)
-                continue
-            page = await self._store.read_all(after=read, limit=self._settings.batch_max, outgoing=True)
-            if page.upto == read:
-                await self._prune(marked, idle=True)
-                await self._store.wait_past(read, timeout_s=self._settings.wait_s)
-                continue
-            due = waiting.behind([record for record in page.records if record.topic is not None])
-            if due:
-                self._failpoint.hit("before-publish")
-                waiting.add(await self._publish(due, leadership))
-                self._failpoint.hit("after-publish")
-            read = page.upto
-            marked = await self._mark(lease, marked, waiting.marks_up_to(read))
-            self._metrics.count("foldbus_relayed_total", len(due))
-            self._metrics.gauge("foldbus_relay_lag", page.head - marked)
-            await self._prune(marked, idle=False)
+        """`read` is how far the log was read, the mark how far it is published for certain: up to the first record that
+        waits for a topic. A successor begins at the mark and publishes what came after it once more."""
+        settings = self._settings
+        read = leadership.lease.position
+        waiting = Waiting(self._clock)
+        marks = Marks(
+            self._store, leadership.lease, clock=self._clock, failpoint=self._failpoint, mark_s=settings.mark_s,
+            unmarked_max=settings.unmarked_max, prune_every=settings.prune_every, prune_s=settings.prune_s,
+        )  # fmt: skip
+        ahead: Ahead[RecordPage] = Ahead()
+        try:
+            while not leadership.lost:
+                if waiting and (published := await self._retry(waiting, leadership)):
+                    marks.reached(waiting.published_up_to(read), published)
+                await marks.turn()
+                if len(waiting) >= settings.waiting_max:  # nothing may pile up without a bound
+                    await self._pause(10)
+                    continue
+                page = await (ahead.take() if ahead else self._read(read))
+                if page.upto <= read:
+                    await marks.idle()
+                    await self._store.wait_past(read, timeout_s=min(settings.wait_s, marks.due_in_s()))
+                    continue
+                if page.upto < page.head:
+                    ahead.begin(self._read(page.upto))
+                due = waiting.behind(list(zip(page.positions, page.records, strict=True)))
+                if due:
+                    self._failpoint.hit("before-publish")
+                    waiting.add(await self._publish(due, leadership))
+                    self._failpoint.hit("after-publish")
+                read = page.upto
+                marks.reached(waiting.published_up_to(read), len(due))
+                self._metrics.count("foldbus_relayed_total", len(due))
+                self._metrics.gauge("foldbus_relay_lag", page.head - marks.marked)
+        except asyncio.CancelledError:
+            await marks.last()  # so that the next leader does not publish it all again
+            raise
+        finally:
+            await ahead.close()
+            await marks.close()
 
-    async def _mark(self, lease: Lease, old: Position, new: Position) -> Position:
-        if new > old:
-            self._failpoint.hit("before-mark")
-            await self._store.leases.mark(lease, old=old, new=new)
-            self._failpoint.hit("after-mark")
-        return max(old, new)
+    async def _read(self, after: int) -> RecordPage:
+        return await self._store.records.read(after=after, limit=self._settings.batch_max)
 
-    async def _retry(self, waiting: _Waiting, leadership: Leadership) -> bool:
-        """Publishes to topics that were missing, if it is time to look again. True when something went out."""
+    async def _retry(self, waiting: Waiting, leadership: Leadership) -> int:
+        """Publishes to topics that were missing, if it is time to look again. Answers how many went out."""
         now = self._clock.monotonic()
         if now < waiting.next_try:
-            return False
+            return 0
         waiting.next_try = now + self._settings.missing_retry_s
         before = len(waiting)
         for topic in list(waiting.topics):
@@ -131,35 +154,33 @@ class Relay:
             waiting.add(missing)
             if missing:
                 waiting.since[topic] = since
-        return len(waiting) < before
+        return before - len(waiting)
 
-    async def _without_replies(self, missing: Sequence[Envelope]) -> Sequence[Envelope]:
+    async def _without_replies(self, missing: Sequence[Due]) -> Sequence[Due]:
         """Those that are no replies; replies become dead letters."""
-        kept: list[Envelope] = []
-        for envelope in missing:
-            if envelope.kind is Kind.REPLY:
-                assert envelope.topic is not None
-                await self._dead_letter(envelope, MissingTopics([envelope.topic]), 1, self._clock.now())
+        kept: list[Due] = []
+        for one in missing:
+            if is_reply(one[1]):
+                await self._dead_letter(one, MissingTopics([one[1].topic]), 1, self._clock.now())
             else:
-                kept.append(envelope)
+                kept.append(one)
         return kept
 
-    async def _publish(self, envelopes: Sequence[Envelope], leadership: Leadership) -> Sequence[Envelope]:
+    async def _publish(self, due: Sequence[Due], leadership: Leadership) -> Sequence[Due]:
         """In order per partition: from the first that is not acknowledged on, a partition's records are sent again. A
         record that the broker refuses for good becomes a dead letter, so that nobody waits for it. Answers those whose
         topic does not exist (yet)."""
-        due = list(envelopes)
-        missing: list[Envelope] = []
+        missing: list[Due] = []
         attempts, first_failed = 0, self._clock.now()
         while due:
             if leadership.lost:
                 raise Fenced("the relay's lease ran out while publishing")
-            results = await self._transport.publish([to_record(envelope) for envelope in due])
+            results = await self._transport.publish([record for _, record in due])
             attempts += 1
             due, refused, absent = _sorted_out(due, results)
             missing += absent
-            for envelope, error in refused:
-                await self._dead_letter(envelope, error, attempts, first_failed)
+            for one, error in refused:
+                await self._dead_letter(one, error, attempts, first_failed)
             if due and not refused:
                 why = next(r.error for r in results if not isinstance(r, Ack))
                 self._metrics.count("foldbus_retries_total", len(due), who="relay")
@@ -167,87 +188,39 @@ class Relay:
                 await self._pause(attempts)
         return missing
 
-    async def _dead_letter(self, envelope: Envelope, error: Exception, attempts: int, since: datetime) -> None:
-        record: Outgoing = to_record(envelope)
-        letter = DeadLetter(
-            consumer="relay",
-            id=uuid5(envelope.id, f"relay:{envelope.topic}"),
-            topic=record.topic,
-            partition=-1,
-            offset=-1,
-            key=record.key,
-            value=record.value,
-            headers=record.headers,
-            failure=Failure(type(error).__qualname__, str(error), "", attempts, since, self._clock.now()),
-            type=envelope.type,
-        )
-        await self._store.commit([Unit(dead_letter=letter)])
+    async def _dead_letter(self, due: Due, error: Exception, attempts: int, since: datetime) -> None:
+        unit, what = refused_letter(due, error, attempts=attempts, since=since, now=self._clock.now())
+        await self._store.commit([unit])
         self._metrics.count("foldbus_dead_letters_total", consumer="relay", error=type(error).__qualname__)
-        log.error("relay: %s %s cannot be published, dead letter: %s", envelope.type, envelope.id, error)
-
-    async def _prune(self, upto: Position, *, idle: bool) -> None:
-        if upto - self._pruned >= (1 if idle else self._settings.prune_every):
-            self._pruned = upto
-            await self._store.forget_outgoing(upto=upto)
+        log.error("relay: %s cannot be published, dead letter: %s", what, error)
 
     async def _pause(self, attempts: int) -> None:
         bound = min(self._settings.retry_max_s, 0.05 * 2 ** min(attempts, 10))
         await asyncio.sleep(bound * (0.5 + self._rng.random() / 2))
 
 
-class _Waiting:
-    """Records whose topic does not exist yet, by topic, in order. Others' records pass them by."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self.topics: dict[str, list[Envelope]] = {}
-        self.since: dict[str, float] = {}
-        self.next_try = 0.0
-
-    def __len__(self) -> int:
-        return sum(map(len, self.topics.values()))
-
-    def add(self, records: Sequence[Envelope]) -> None:
-        for record in records:
-            assert record.topic is not None
-            if record.topic not in self.topics:
-                log.warning("relay: topic %s does not exist, its records wait, others go on", record.topic)
-                self.since[record.topic] = self._clock.monotonic()
-            self.topics.setdefault(record.topic, []).append(record)
-
-    def behind(self, records: Sequence[Envelope]) -> list[Envelope]:
-        """Keeps those whose topic is waited for, behind what waits already; answers the others."""
-        if not self.topics:
-            return list(records)
-        self.add([record for record in records if record.topic in self.topics])
-        return [record for record in records if record.topic not in self.topics]
-
-    def marks_up_to(self, read: Position) -> Position:
-        """Everything at or below is published: just below the first record that waits."""
-        firsts = [records[0].position for records in self.topics.values() if records]
-        return min((first - 1 for first in firsts if first is not None), default=read)
-
-
 def _sorted_out(
-    sent: Sequence[Envelope], results: Sequence[Published]
-) -> tuple[list[Envelope], list[tuple[Envelope, Exception]], list[Envelope]]:
+    sent: Sequence[Due], results: Sequence[Published]
+) -> tuple[list[Due], list[tuple[Due, Exception]], list[Due]]:
     """What must be sent again (in order), what was refused for good, and what has no topic.
 
     The transport acknowledges nothing of a partition after a record that is certainly not there, and a record behind
     an `Unknown` only if that one was written too: sending it again makes a second copy, never an inversion of first
     deliveries.
     """
-    due: list[Envelope] = []
-    refused: list[tuple[Envelope, Exception]] = []
-    absent: list[Envelope] = []
-    for envelope, result in zip(sent, results, strict=True):
+    if not [result for result in results if type(result) is not Ack]:
+        return [], [], []
+    again: list[Due] = []
+    refused: list[tuple[Due, Exception]] = []
+    absent: list[Due] = []
+    for one, result in zip(sent, results, strict=True):
         match result:
             case Ack():
                 pass
             case Failed(error=MissingTopics()):
-                absent.append(envelope)
+                absent.append(one)
             case Failed(error=error):
-                refused.append((envelope, error))
+                refused.append((one, error))
             case _:
-                due.append(envelope)
-    return due, refused, absent
+                again.append(one)
+    return again, refused, absent

@@ -57,6 +57,7 @@ from eventstore.postgres.letters import PostgresLetters
 from eventstore.postgres.parking import PostgresParking
 from eventstore.postgres.pool import Pool, driver_dsn, make_engine
 from eventstore.postgres.reading import PostgresReading, with_token
+from eventstore.postgres.relaying import PostgresRecords
 from eventstore.postgres.snapshots import PostgresSnapshots
 from eventstore.postgres.timers import PostgresTimers
 from eventstore.postgres.units import ARGUMENTS, LEAN_ARGUMENTS, STATES, Call
@@ -123,6 +124,9 @@ class PostgresStore:
         held = (self._rows, self.examine, self._commit_unit, self._undoably, self.schema)
         self.parking, self.effects = PostgresParking(*held), PostgresEffects(*held)
         self._reading = PostgresReading(self._rows, self._rows_below, self.schema, self._watermark)
+        self.records = PostgresRecords(
+            self.connection, self._retried, self.schema, self._watermark, timeout_s=timeout_s
+        )
         # A flush that is slow lends its place, but others than `commit` want connections too.
         self._coalescer = Coalescer(
             self._commit_alone,

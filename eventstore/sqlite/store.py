@@ -65,6 +65,7 @@ from eventstore.sqlite.flow import SqliteFlow, SqliteInbox
 from eventstore.sqlite.leases import SqliteLeases
 from eventstore.sqlite.letters import SqliteLetters
 from eventstore.sqlite.parking import SqliteParking
+from eventstore.sqlite.relaying import SqliteRecords
 from eventstore.sqlite.session import DriverSession, Session, SqlalchemySession
 from eventstore.sqlite.snapshots import SqliteSnapshots
 from eventstore.sqlite.timers import SqliteTimers
@@ -112,6 +113,7 @@ class SqliteStore:
         )
         self._parking = SqliteParking(database, clock, self._commit_unit, self._undoably)
         self._effects = SqliteEffects(database, clock, self._commit_unit, self._undoably)
+        self.records = SqliteRecords(database, self._watch.saw)
         self._engine: AsyncEngine | None = None
         self._reading_engine: AsyncEngine | None = None
         self._random = random.Random()

@@ -1,4 +1,5 @@
-"""The relay on both stores, against a scripted transport: order, retries, missing topics, death and succession."""
+"""The relay on both stores, against a scripted transport: order, retries, missing topics, reading ahead and marking
+beside the publishing, death and succession."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from uuid import UUID
 
 import pytest
 
-from bus.errors import MessageTooLarge, MissingTopics, TransportUnavailable
+from bus.errors import Fenced, MessageTooLarge, MissingTopics, TransportUnavailable
 from bus.metrics import MemoryMetrics
 from bus.seams import NoFailpoints, SystemClock
 from bus.transport import Ack, Failed, Outgoing, Published, Unknown
@@ -50,7 +51,7 @@ class Topics:
 
 
 @asynccontextmanager
-async def relaying(store: Store, topics: Any, **changes: Any) -> AsyncIterator[Relay]:
+async def relaying(store: Any, topics: Any, **changes: Any) -> AsyncIterator[Relay]:
     settings = RelaySettings(wait_s=0.1, lease_ttl_s=2.0, retry_max_s=0.02, missing_retry_s=0.05)
     options: dict[str, Any] = {
         "clock": SystemClock(),
@@ -83,6 +84,10 @@ async def marked(store: Store) -> bool:
     return await store.leases.position(LEASE) == await store.head()
 
 
+def so_many(topics: Topics, count: int) -> Callable[[], bool]:
+    return lambda: len(topics.records) == count
+
+
 def on(topic: str) -> Unit:
     return Unit(outgoing=(message(topic=topic),))
 
@@ -109,7 +114,7 @@ async def test_what_is_committed_later_goes_out_at_once(store: Store) -> None:
     async with relaying(store, topics, settings=settings):
         for n in range(3):
             await store.commit([on("stock.commands")])
-            await until(lambda n=n: len(topics.records) == n + 1, within_s=5.0)
+            await until(so_many(topics, n + 1), within_s=5.0)
 
 
 async def test_published_outgoing_rows_are_forgotten_and_events_stay(store: Store) -> None:
@@ -238,3 +243,147 @@ async def test_of_two_relays_one_publishes(store: Store, twin: Store) -> None:
             await store.commit([on("stock.commands")])
         await until(lambda: marked(store))
     assert len(topics.ids()) == len(set(topics.ids())) == 20
+
+
+# --- beside the publishing --------------------------------------------------------------------------------------------
+
+
+class Beside:
+    """A store of which some parts are watched, or held up."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.records = self.leases = self
+        self.read_after: list[int] = []
+        self.marks: list[tuple[int, int]] = []
+        self.marking, self.may_mark = asyncio.Event(), asyncio.Event()
+        self.may_mark.set()
+        self.read_on = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def lead(self, name: str, **options: Any) -> Any:
+        return self._store.leases.lead(name, **options)
+
+    async def read(self, *, after: int, limit: int) -> Any:
+        self.read_after.append(after)
+        page = await self._store.records.read(after=after, limit=limit)
+        if after:
+            self.read_on.set()
+        return page
+
+    async def mark(self, lease: Any, *, old: int, new: int) -> None:
+        self.marking.set()
+        await self.may_mark.wait()
+        await self._store.leases.mark(lease, old=old, new=new)
+        self.marks.append((old, new))
+
+
+async def test_the_next_page_is_read_while_one_is_on_its_way(store: Store) -> None:
+    await store.commit([on("stock.commands") for _ in range(6)])
+    wanted = [one.id for one in await whole_log(store)]
+    beside = Beside(store)
+
+    class Slow(Topics):
+        async def publish(self, batch: Sequence[Outgoing]) -> Sequence[Published]:
+            if not self.calls:
+                await beside.read_on.wait()  # for ever, if it is read after this only
+            return await super().publish(batch)
+
+    topics = Slow()
+    async with relaying(beside, topics, settings=RelaySettings(batch_max=2)):
+        await until(lambda: marked(store))
+    assert topics.ids() == wanted
+
+
+async def test_one_page_is_published_at_a_time_however_much_is_read(store: Store) -> None:
+    await store.commit([on("stock.commands") for _ in range(9)])
+    wanted = [one.id for one in await whole_log(store)]
+
+    class Narrow(Topics):
+        at_once = most = 0
+
+        async def publish(self, batch: Sequence[Outgoing]) -> Sequence[Published]:
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+            await asyncio.sleep(0.01)
+            self.at_once -= 1
+            return await super().publish(batch)
+
+    topics = Narrow()
+    async with relaying(store, topics, settings=RelaySettings(batch_max=2, mark_s=0.001)):
+        await until(lambda: marked(store))
+    assert topics.ids() == wanted
+    assert (topics.calls, topics.most) == (5, 1)
+
+
+async def test_publishing_goes_on_while_a_mark_is_written_up_to_a_bound(store: Store) -> None:
+    await store.commit([on("stock.commands") for _ in range(20)])
+    wanted = [one.id for one in await whole_log(store)]
+    beside, topics = Beside(store), Topics()
+    beside.may_mark.clear()
+    settings = RelaySettings(batch_max=2, mark_s=0.001, unmarked_max=6, wait_s=0.1)
+    async with relaying(beside, topics, settings=settings):
+        await until(lambda: len(topics.ids()) >= 6)
+        assert beside.marks == []
+        for _ in range(20):  # time enough for more, were it not for the bound
+            await asyncio.sleep(0.005)
+        assert topics.ids() == wanted[:6]
+        assert await store.leases.position(LEASE) == 0
+        beside.may_mark.set()
+        await until(lambda: marked(store))
+    assert topics.ids() == wanted
+    assert [old for old, _ in beside.marks[1:]] == [new for _, new in beside.marks[:-1]]
+
+
+async def test_marks_are_few_and_the_last_one_comes_when_there_is_nothing_to_do(store: Store) -> None:
+    beside, topics = Beside(store), Topics()
+    async with relaying(beside, topics, settings=RelaySettings(batch_max=2, mark_s=0.4, wait_s=30.0)):
+        for n in range(8):
+            await store.commit([on("stock.commands")])
+            await until(so_many(topics, n + 1))
+        await until(lambda: marked(store), within_s=5.0)  # long before `wait_s`
+    assert 1 <= len(beside.marks) < 8
+
+
+async def test_stopped_it_marks_what_it_has_published(store: Store) -> None:
+    beside, topics = Beside(store), Topics()
+    async with relaying(beside, topics, settings=RelaySettings(mark_s=600.0)):
+        await store.commit([on("stock.commands")])
+        await until(lambda: marked(store))
+        await store.commit([on("stock.commands")])
+        await until(lambda: len(topics.records) == 2)
+        assert len(beside.marks) == 1
+    assert await marked(store)
+    successor = Topics()
+    async with relaying(store, successor):
+        await store.commit([on("stock.commands")])
+        await until(lambda: len(successor.records) >= 1)
+        await until(lambda: marked(store))
+    assert len(successor.records) == 1
+
+
+async def test_a_mark_that_is_fenced_ends_the_leadership_and_another_begins_where_it_stood(store: Store) -> None:
+    class Stolen(Beside):
+        """The first mark is refused while later pages are published."""
+
+        async def mark(self, lease: Any, *, old: int, new: int) -> None:
+            if not self.marking.is_set():
+                self.marking.set()
+                raise Fenced("somebody else leads")
+            await super().mark(lease, old=old, new=new)
+
+    class Slow(Topics):
+        async def publish(self, batch: Sequence[Outgoing]) -> Sequence[Published]:
+            if self.calls == 1:
+                await beside.marking.wait()
+            return await super().publish(batch)
+
+    await store.commit([on("stock.commands") for _ in range(4)])
+    wanted = [one.id for one in await whole_log(store)]
+    beside, topics, metrics = Stolen(store), Slow(), MemoryMetrics()
+    async with relaying(beside, topics, metrics=metrics, settings=RelaySettings(batch_max=1, wait_s=0.1)):
+        await until(lambda: marked(store))
+    assert topics.ids() == wanted[:2] + wanted
+    assert metrics.total("foldbus_fenced_total", who="relay") == 1
