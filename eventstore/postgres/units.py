@@ -132,6 +132,9 @@ class Call:
         id = (consumer, message_id.int)
         if id in self._ids:
             self._plain = False
+            # Put there by a fence, under the undo's key: whether a key is parked is asked of the message's own.
+            _, _, _, state, effect = self._ids[id]
+            self._ids[id] = (consumer, message_id, key, state, effect)
         else:
             self._ids[id] = (consumer, message_id, key, _STATE_NUMBERS[claim.state], has_effect(claim))
         if claim.fences is not None:

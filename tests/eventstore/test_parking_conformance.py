@@ -112,6 +112,16 @@ class TestWhileAKeyIsParked:
             assert await store.take(tx, CONSUMER, new, key="x") == Standing(ClaimState.NEW)
             assert verdicts(await store.commit([Unit(claim(new))], tx=tx)) == ["parked"]
 
+    async def test_a_step_is_looked_for_under_its_own_key_and_not_its_undos(self, store: Store) -> None:
+        await queue_of(store, "u", behind=0)
+        step = waiting("s")
+        undoing = Unit(undo(step.envelope.id, Fence.CANCEL, key="u"))
+        assert await commit(store, undoing, unit_of(step)) == ["parked", "ok"]
+        await queue_of(store, "t", behind=0)
+        step = waiting("t")
+        undoing = Unit(undo(step.envelope.id, Fence.EXPECT_DONE, key="v"))
+        assert await commit(store, undoing, unit_of(step)) == ["conflict", "parked"]
+
     @pytest.mark.parametrize("fence", list(Fence))
     async def test_an_undo_of_a_parked_step_is_a_conflict_for_an_ordinary_commit(
         self, store: Store, fence: Fence
