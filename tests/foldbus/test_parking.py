@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from bus.errors import Died
+from bus.transport import PollSettings
 from eventstore.port import ClaimState, LetterWhere
 from foldbus import Connection
 from foldbus.redriving import Became, Redriver
@@ -275,9 +276,12 @@ class Kill:
 
 
 STEPS = ("park", "follow", "turn", "postpone")
+POLL = PollSettings(session_timeout_s=6.0, heartbeat_s=1.0, rebalance_timeout_s=10.0)
+"""A member that died without leaving holds its group up for no longer."""
 
 
 class TestAWorkerThatDies:
+    @pytest.mark.timeout(150)
     @pytest.mark.parametrize("when", [f"{when}-{step}" for step in STEPS for when in ("before", "after")])
     async def test_leaves_every_message_in_its_place(
         self, pair: Pair, when: str, monkeypatch: pytest.MonkeyPatch
@@ -295,12 +299,12 @@ class TestAWorkerThatDies:
             kill = Kill(when)
             monkeypatch.setattr(DueParked, "put_back", nothing)
             with suppress(Killed, BaseExceptionGroup):
-                async with running(pair, its, quick, failpoint=kill) as desk:
+                async with running(pair, its, quick, failpoint=kill, poll=POLL) as desk:
                     assert desk.worker is not None
                     await asyncio.wait_for(asyncio.shield(desk.worker.ended), 60)
             assert kill.done
             monkeypatch.undo()
-            async with running(pair, its, quick):
+            async with running(pair, its, quick, poll=POLL):
                 await booked_all(client, {name: list(range(5)) for name in names})
                 await parked(client.store, 0)
 
