@@ -29,9 +29,9 @@ class Model:
     timers: set[UUID] = field(default_factory=set)
     letters: set[UUID] = field(default_factory=set)
     watermarks: dict[tuple[str, int], int] = field(default_factory=dict)
-    queues: dict[str, list[UUID]] = field(default_factory=dict)
+    queues: dict[str, list[UUID]] = field(default_factory=dict[str, list[UUID]])
     """Of parked keys; an empty one is none."""
-    begun: dict[UUID, bool] = field(default_factory=dict)
+    begun: dict[UUID, bool] = field(default_factory=dict[UUID, bool])
     """Effects, and whether somebody is at it."""
     passing: frozenset[str] = frozenset()
 

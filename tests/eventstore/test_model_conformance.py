@@ -56,7 +56,7 @@ class World:
     number: int
     base: int
     committed: list[tuple[Unit, Outcome]] = field(default_factory=list)
-    tokens: dict[UUID, int] = field(default_factory=dict)
+    tokens: dict[UUID, int] = field(default_factory=dict[UUID, int])
     """Of effects, the youngest."""
 
     def id(self, id: UUID) -> UUID:
@@ -409,18 +409,22 @@ CALLS = st.tuples(
 COMMITS = st.builds(Commit, CALLS)
 WAITING = st.builds(lambda id, timed: (id, key_of(id), timed), st.sampled_from(IDS), st.booleans())
 CLAIMED = units().filter(lambda unit: unit.claim is not None)
-FENCING = st.builds(
-    lambda unit, step: replace(
-        unit, dead_letter=None, claim=replace(unit.claim, fences=step, fence=Fence.CANCEL, state=ClaimState.DONE)
-    ),
-    CLAIMED,
-    st.sampled_from(IDS),
-).filter(lambda unit: unit.claim.fences != unit.claim.message_id)
+
+
+@st.composite
+def fencing(draw: st.DrawFn) -> Unit:
+    unit = draw(CLAIMED)
+    assert unit.claim is not None
+    step = draw(st.sampled_from([one for one in IDS if one != unit.claim.message_id]))
+    claim = replace(unit.claim, fences=step, fence=Fence.CANCEL, state=ClaimState.DONE)
+    return replace(unit, claim=claim, dead_letter=None)
+
+
 PARKING = st.one_of(
     st.builds(Park, WAITING),
     st.builds(Follow, st.lists(WAITING, min_size=1, max_size=3)),
     st.builds(Turn, st.sampled_from(KEYS), units(), st.sampled_from(["alone", "alone", "commit", "rollback"])),
-    st.builds(Cancel, FENCING),
+    st.builds(Cancel, fencing()),
     st.builds(lambda id, lasts: Begin(id, key_of(id), lasts), st.sampled_from(IDS), st.booleans()),
     st.builds(End, CLAIMED, st.booleans()),
 )
