@@ -1,4 +1,4 @@
-"""The relay: events from the store to their topic, against `send_batch` of the same records out of memory."""
+"""The relay: events from the store to their topic, against `send_batch` and `send` of the same records out of memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bus.transport import Ack, Outgoing
 from eventstore.port import Store
 from foldbus.relay import Relay
 
-PAGE = 1000
+PAGE = 2000
 
 
 class Awaited(MemoryMetrics):
@@ -78,6 +78,15 @@ async def run(setting: Setting) -> list[Row]:
             await send_grouped(producer, records, here.desk.partitions)
             return {"records/s": total / (time.perf_counter() - began)}
 
+        async def send(_: int) -> Mapping[str, float]:
+            began = time.perf_counter()
+            sent = [
+                await producer.send(one.topic, key=one.key, value=one.value, headers=list(one.headers))
+                for one in records
+            ]
+            await asyncio.gather(*sent)
+            return {"records/s": total / (time.perf_counter() - began)}
+
         records += [to_record(here.append().appends[0].envelopes[0]) for _ in range(total)]
         return await compare(
             f"relay, {total} events from PostgreSQL to Kafka",
@@ -85,6 +94,7 @@ async def run(setting: Setting) -> list[Row]:
                 "aiokafka send_batch, records from memory": send_batch,
                 "KafkaTransport.publish, records from memory": publish,
                 "Relay: read, publish, mark": relay,
+                "aiokafka send, gathered, records from memory": send,
             },
             floor="aiokafka send_batch, records from memory",
             rounds=setting.rounds,
