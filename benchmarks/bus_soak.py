@@ -117,14 +117,13 @@ class Chaos:
     def may_end_so(self, life: Life) -> bool:
         """Killed, or asked to leave (before it listened to signals, perhaps); or it began without a broker, said so and
         ended, and whoever supervises it starts it again."""
-        away = [at for at, what in self.done if what.startswith("broker")]
         match life.process.returncode:
             case 0 | -9:
                 return True
             case -15:
                 return life in self.leaving
             case 2:
-                return len(away) == 2 and away[0] - 10 < life.born < away[1]
+                return life.heard("cannot be reached")
             case _:
                 return False
 

@@ -48,7 +48,6 @@ class Life:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
-        self.born = time.time()
         self.said: list[dict[str, Any]] = []
         self.logged: list[dict[str, Any]] = []
         self._readers = [
