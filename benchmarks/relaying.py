@@ -1,4 +1,4 @@
-"""The relay: events from the store to their topic, against `send_batch` and `send` of the same records out of memory."""
+"""The relay: events from the store to their topic, against `send_batch` and `send` of the same records from memory."""
 
 from __future__ import annotations
 
