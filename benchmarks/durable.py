@@ -129,7 +129,7 @@ async def run(setting: Setting) -> list[Row]:
             db = await asyncpg.connect(dsn)
             try:
                 await db.execute(byhand.SCHEMA)
-                few = setting.count(2000, 50)
+                few = setting.count(1000, 50)
                 rate = await faststream_rate(
                     setting, f"{here.name}.commands", f"{here.name}-fs-{number}", total=few, dsn=dsn, workers=12
                 )
