@@ -94,9 +94,9 @@ def hashes_of(keys: Sequence[bytes]) -> Sequence[int]:
         else:
             found = [murmur2(key) for key in together]
         fresh.update(zip(together, [one & 0x7FFFFFFF for one in found], strict=True))
-    hashes = [fresh[key] if found is None else found for key, found in zip(keys, hashes, strict=True)]
+    made = [fresh[key] if found is None else found for key, found in zip(keys, hashes, strict=True)]
     _remember({key: one for key, one in fresh.items() if len(key) <= _KNOWN_KEY_MAX})
-    return cast("list[int]", hashes)
+    return made
 
 
 def _remember(fresh: Mapping[bytes, int]) -> None:

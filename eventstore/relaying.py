@@ -35,7 +35,6 @@ _since_2000 = Struct(">q").unpack
 _START = datetime(1970, 1, 1, tzinfo=UTC)
 _2000 = 946_684_800_000_000  # where PostgreSQL counts from, in microseconds since 1970
 _KIND_HEADERS = {str(kind): ("ce_kind", kind.value.encode()) for kind in Kind}
-_SEQUENCES = [("ce_sequence", b"%d" % version) for version in range(1024)]
 _KNOWN_MAX = 1024
 
 # Where the ids stand in a `meta` that has nothing but kind, source, correlation and, perhaps, causation.
@@ -69,7 +68,7 @@ def records_of(found: Iterable[Sequence[Any]]) -> tuple[list[Outgoing], list[Pos
         key_bytes = key.encode()
         message_id = b"-".join(groups(hexlify(id)))
         if version is not None and (stream == key or stream is None):
-            sequence = _SEQUENCES[version] if version < 1024 else ("ce_sequence", b"%d" % version)
+            sequence = _sequence(version)
             if meta[-_TAIL - len(_CAUSATION) : -_TAIL] == _CAUSATION:
                 headers = plain.get(meta[:-_TAIL_WITH_CAUSATION])
                 if headers is not None:
@@ -194,6 +193,11 @@ def _whole(
 def _second(seconds: int) -> bytes:
     """`2026-01-01T10:00:00`, of seconds since 1970."""
     return (_START + timedelta(seconds=seconds)).isoformat()[:-6].encode()
+
+
+@lru_cache(maxsize=4096)
+def _sequence(version: int) -> tuple[str, bytes]:
+    return "ce_sequence", b"%d" % version
 
 
 @lru_cache(maxsize=1024)

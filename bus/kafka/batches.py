@@ -52,7 +52,7 @@ def packed(batch: bytearray) -> bytearray:
     struct.pack_into(">i", made, _LENGTH_AT, len(made) - _LENGTH_AT - 4)
     (attributes,) = struct.unpack_from(">h", made, _ATTRIBUTES_AT)
     struct.pack_into(">h", made, _ATTRIBUTES_AT, attributes | _LZ4)
-    struct.pack_into(">I", made, _CRC_AT, calc_crc32c(memoryview(made)[_ATTRIBUTES_AT:]))
+    struct.pack_into(">I", made, _CRC_AT, calc_crc32c(bytes(memoryview(made)[_ATTRIBUTES_AT:])))
     return made
 
 
