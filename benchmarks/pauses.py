@@ -2,7 +2,8 @@
 
 A rebalance has an epoch, which the members write to their logs when they take partitions over. Its pause, at a
 partition, is the time from the last effect before the takeover to the first one after it; under a steady load that is
-what a sender sees. It is counted under what was done to the group last.
+what a sender sees. A pause in which there were several rebalances is the last one's. It is counted under what was done
+to the group last.
 """
 
 from __future__ import annotations
@@ -48,24 +49,25 @@ def pauses_of(
         one.sort()
     causes = [at for at, _ in done]
     worst: dict[str, list[float]] = defaultdict(list)
-    usual: list[float] = []
-    for taken in takeovers(logs).values():
-        gaps: list[float] = []
+    taken_over = takeovers(logs)
+    ended_by: dict[tuple[int, int], int] = {}
+    for epoch, taken in sorted(taken_over.items()):
         for partition, at in taken.items():
-            of_it = times.get(partition, [])
-            after = bisect_right(of_it, at)
-            if 0 < after < len(of_it):
-                gaps.append(of_it[after] - of_it[after - 1])
-        if gaps:
-            usual += gaps
-            place = bisect_left(causes, min(taken.values())) - 1
-            worst[done[place][1] if place >= 0 else "start"].append(max(gaps))
-    everything = [gap for gaps in worst.values() for gap in gaps]
+            ended_by[partition, bisect_right(times[partition], at)] = epoch
+    gaps: dict[int, list[float]] = defaultdict(list)
+    for (partition, after), epoch in ended_by.items():
+        if 0 < after < len(times[partition]):
+            gaps[epoch].append(times[partition][after] - times[partition][after - 1])
+    for epoch, of_it in gaps.items():
+        place = bisect_left(causes, min(taken_over[epoch].values())) - 1
+        worst[done[place][1] if place >= 0 else "start"].append(max(of_it))
+    usual = [gap for of_it in gaps.values() for gap in of_it]
+    everything = [gap for of_it in worst.values() for gap in of_it]
     return {
         "rebalances": len(everything),
         "per_partition_mean_s": _rounded(usual, statistics.mean),
         **_summary(everything),
-        "by_cause": {cause: {"rebalances": len(gaps), **_summary(gaps)} for cause, gaps in sorted(worst.items())},
+        "by_cause": {cause: {"rebalances": len(of_it), **_summary(of_it)} for cause, of_it in sorted(worst.items())},
     }
 
 

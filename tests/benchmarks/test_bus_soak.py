@@ -53,7 +53,8 @@ def test_a_pause_is_the_time_between_the_effects_around_a_takeover_under_what_wa
     effects = [(keys[0], 1.0), (keys[1], 1.5), (keys[0], 4.0), (keys[1], 9.5), (keys[0], 20.0), (keys[1], 20.5)]
     logs = [
         [{"message": "x: took over x.commands[0-1] epoch 1", "heard_at": 3.0}],
-        [{"message": "x: took over x.commands[0-1] epoch 2", "heard_at": 15.0}],
+        [{"message": "x: took over x.commands[0-1] epoch 2", "heard_at": 14.0}],
+        [{"message": "x: took over x.commands[0-1] epoch 3", "heard_at": 15.0}],  # ends the pause that 2 was in
     ]
     found = pauses_of(effects, logs, [(2.0, "kill"), (12.0, "join")], partitions=2)
     assert found["by_cause"] == {
