@@ -60,7 +60,7 @@ async def measured(setting: Setting, messages: int) -> tuple[list[Sample], float
                     sent += len(records)
                 else:
                     await asyncio.sleep(0.1)
-                done = await db.fetchval(running.shown)
+                done = int(await db.fetchval(running.shown))
                 if not samples or done >= samples[-1].done + messages // 50 or done >= messages:
                     mib = {name: process.memory_info().rss / 2**20 for name, process in watched.items()}
                     samples.append(Sample(done, mib))
@@ -78,7 +78,7 @@ def growth(samples: Sequence[Sample], messages: int) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bus_memory", description=__doc__.partition("\n\n")[2])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bus_memory", description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--messages", type=int, default=1_000_000)
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()

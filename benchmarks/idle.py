@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -52,7 +52,7 @@ async def _watched(pids: dict[str, int], seconds: float) -> dict[str, float]:
 
 
 @asynccontextmanager
-async def _shop(setting: Setting, store: str) -> AsyncIterator[dict[str, int]]:
+async def _shop(setting: Setting, store: str) -> AsyncGenerator[dict[str, int]]:
     """The shop's services as `foldbus run`, one process each."""
     directory = setting.fresh()
     async with setting.database() as dsn:
@@ -83,7 +83,7 @@ async def _shop(setting: Setting, store: str) -> AsyncIterator[dict[str, int]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.idle", description=__doc__.partition("\n\n")[2])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.idle", description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
