@@ -78,7 +78,9 @@ def growth(samples: Sequence[Sample], messages: int) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bus_memory", description=(__doc__ or "").partition("\n\n")[2])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bus_memory", description=(__doc__ or "").partition("\n\n")[2]
+    )
     parser.add_argument("--messages", type=int, default=1_000_000)
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
