@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from bus.codec import explain
 from bus.errors import FoldbusError
-from foldbus.backends import BusUrl, StoreUrl
+from foldbus.backends import BusUrl, StoreUrl, refuse_plaintext
 from foldbus.service import Service
 from foldbus.settings import Settings
 
@@ -76,8 +76,9 @@ def _why_not(path: str, module_name: str, name: str, error: ImportError) -> str:
 
 
 def settings(store: str | None = None, bus: str | None = None) -> Settings:
-    """The environment's settings, with what the command line says over them. Raises BadSettings and BadUrl; a variable
-    of ours that nothing reads is named on standard error: it is most likely misspelt."""
+    """The environment's settings, with what the command line says over them. Raises BadSettings, BadUrl and, where
+    strict, PlaintextLink; a variable of ours that nothing reads is named on standard error: it is most likely
+    misspelt."""
     known = {f"FOLDBUS_{name.upper()}" for name in Settings.model_fields}
     for name in sorted(os.environ):
         if name.upper().startswith("FOLDBUS_") and name.upper() not in known and not name.startswith(_FOR_TESTS):
@@ -89,6 +90,7 @@ def settings(store: str | None = None, bus: str | None = None) -> Settings:
     except ValidationError as error:
         raise BadSettings(f"FOLDBUS_ settings: {explain(error)}") from error
     chosen = read.model_copy(update={name: value for name, value in (("store", store), ("bus", bus)) if value})
-    StoreUrl.parse(chosen.store)  # both, before anything is opened
-    BusUrl.parse(chosen.bus)
+    at, through = StoreUrl.parse(chosen.store), BusUrl.parse(chosen.bus)  # both, before anything is opened
+    if chosen.strict:
+        refuse_plaintext(at, through, chosen.kafka())
     return chosen

@@ -144,11 +144,13 @@ def _in_docker() -> _Ours:
 
 @dataclass(frozen=True)
 class Listener:
-    """One more port of a broker: `settings` as Kafka names them, without the listener's prefix."""
+    """One more port of a broker: `settings` as Kafka names them, without the listener's prefix; `host` is where it says
+    that it is."""
 
     name: str
     protocol: str
     settings: Mapping[str, str] = field(default_factory=dict[str, str])
+    host: str = "127.0.0.1"
 
 
 class _FromJars(Program):
@@ -161,12 +163,13 @@ class _FromJars(Program):
         self.ports = dict(zip((one.name for one in more), others, strict=True))
         properties = directory / "server.properties"
         opened = "".join(f",{one.name.upper()}://127.0.0.1:{self.ports[one.name]}" for one in more)
+        told = "".join(f",{one.name.upper()}://{one.host}:{self.ports[one.name]}" for one in more)
         listeners = {
             "process.roles": "broker,controller",
             "node.id": "1",
             "controller.quorum.voters": f"1@127.0.0.1:{controller}",
             "listeners": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}{opened}",
-            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{port}{opened}",
+            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{port}{told}",
             "listener.security.protocol.map": ",".join(
                 ["PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT", *(f"{one.name.upper()}:{one.protocol}" for one in more)]
             ),

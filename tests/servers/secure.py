@@ -24,7 +24,8 @@ _PLAIN = f'org.apache.kafka.common.security.plain.PlainLoginModule required user
 @dataclass(frozen=True)
 class SecureKafka:
     """`bootstrap[name]`: plain, tls, login (TLS and SASL), mutual (wants a certificate), open_login (SASL without TLS);
-    with bad certificates expired, self_signed, elsewhere (for another host)."""
+    with bad certificates expired, self_signed, elsewhere (for another host), renamed (for this one, but not for the
+    name under which the broker then tells of itself)."""
 
     bootstrap: dict[str, str]
     trusted: Path
@@ -60,6 +61,7 @@ def start_secure_kafka() -> Iterator[SecureKafka]:
             Listener("open_login", "SASL_PLAINTEXT", _logins("SCRAM-SHA-512")),
             Listener("expired", "SSL", _store(authority.pair("expired", days=-1))),
             Listener("self_signed", "SSL", _store(authority.pair("self-signed", by_itself=True))),
+            Listener("renamed", "SSL", _store(authority.pair("renamed", hosts=["127.0.0.1"])), host="localhost"),
             Listener("elsewhere", "SSL", _store(authority.pair("elsewhere", hosts=["kafka.elsewhere.example"]))),
         ]  # fmt: skip
         try:
