@@ -121,7 +121,7 @@ class Watchdog:
             self._ask(lambda: self._metrics.gauge("foldbus_loop_blocked_seconds", lasted, service=self._name))
 
     def _name_it(self, since: float, waited: float, level: int) -> None:
-        frame = sys._current_frames().get(self._loops_thread)
+        frame = sys._current_frames().get(self._loops_thread)  # pyright: ignore[reportPrivateUsage] (the only way there is)
         if frame is None or self._answered.is_set():
             return
         by = culprit(frame)

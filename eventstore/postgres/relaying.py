@@ -6,13 +6,14 @@ known to be safe already is read without asking again: a relay that is behind as
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from bus.envelope import Position
 from eventstore.errors import CheckpointAhead
 from eventstore.postgres.feed import Watermark
+from eventstore.postgres.letters import Retried
 from eventstore.records import RecordPage
 from eventstore.relaying import records_of
 
@@ -25,7 +26,7 @@ class PostgresRecords:
     def __init__(
         self,
         connection: Callable[[], AbstractAsyncContextManager[Any]],
-        retried: Callable[..., Awaitable[tuple[Rows, Position] | None]],
+        retried: Retried,
         schema: str,
         watermark: Watermark,
         *,
