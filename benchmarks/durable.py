@@ -154,7 +154,7 @@ async def run(setting: Setting) -> list[Row]:
         rounds=setting.rounds,
         warm_up=True,
     )
-    return rows if why is None else [*rows, Row(rows[0].case, "FastStream", "", (), note=why)]
+    return rows if why is None else [*rows, Row(rows[0].case, "FastStream", "", (), note=f"not installed: {why}")]
 
 
 async def _fill(setting: Setting, here: World, total: int) -> None:

@@ -163,6 +163,9 @@ _SECTIONS = (
     "dead_letter",
     "watermark",
     "lease",
+    "parked_key",
+    "parked",
+    "effect",
 )
 
 
