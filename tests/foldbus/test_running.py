@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -16,7 +15,6 @@ import pytest
 from bus.errors import FoldbusError
 from foldbus import Connection, Service
 from foldbus.worker import PartEnded, Worker
-from tests.foldbus.desk import SOURCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,42 +113,54 @@ async def test_who_is_cancelled_from_outside_stays_cancelled(connection: Connect
 class TestASecondSignal:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_ends_a_worker_at_once_that_still_drains(self, tmp_path: Path, number: signal.Signals) -> None:
-        """Its store is locked by somebody else, so that what it has in hand cannot be finished."""
-        (tmp_path / "desk_service.py").write_text(SOURCE.replace("NAME", "desk") + _SENDER)
-        subprocess.run([sys.executable, "desk_service.py"], cwd=tmp_path, env=_env(), check=True, timeout=60)
-        with sqlite3.connect(tmp_path / ".foldbus" / "desk.db", isolation_level=None) as locked:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "foldbus", "run", "desk_service:app"],
-                cwd=tmp_path, env=_env(), stderr=subprocess.PIPE, text=True,
-            )  # fmt: skip
-            assert process.stderr is not None
-            for line in process.stderr:
-                if "ready" in line:
-                    break
-            locked.execute("begin immediate")
-            process.send_signal(number)
-            for line in process.stderr:
-                if "stopping" in line:
-                    break
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(timeout=1)
-            process.send_signal(number)
-            _, said = process.communicate(timeout=10)
-        locked.close()
+        """A handler of it waits for something that does not come, so that what it has in hand cannot be finished."""
+        (tmp_path / "stuck_service.py").write_text(_STUCK)
+        subprocess.run([sys.executable, "stuck_service.py"], cwd=tmp_path, env=_env(), check=True, timeout=60)
+        with subprocess.Popen(
+            [sys.executable, "-m", "foldbus", "run", "stuck_service:app"],
+            cwd=tmp_path, env=_env(), stderr=subprocess.PIPE, text=True,
+        ) as process:  # fmt: skip
+            try:
+                assert process.stderr is not None
+                assert any("it waits" in line for line in process.stderr)
+                process.send_signal(number)
+                assert any("stopping" in line for line in process.stderr)
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(timeout=1)
+                process.send_signal(number)
+                _, said = process.communicate(timeout=10)
+            finally:
+                process.kill()
         assert process.returncode == -number, said
         assert "handled after the next start" in said
 
 
-_SENDER = """
+_STUCK = """
+import asyncio
+import sys
+
+from foldbus import Command, EffectContext, Key, Service, handler
+
+
+class Wait(Command[None], type="stuck.wait.v1"):
+    id: Key[str]
+
+
+@handler(effect=True)
+async def wait(command: Wait, ctx: EffectContext) -> None:
+    print("it waits", file=sys.stderr, flush=True)
+    await asyncio.Event().wait()
+
+
+app = Service("stuck", handlers=[wait])
+
+
+async def main() -> None:
+    async with app.connect() as connection:
+        await connection.send(Wait(id="1"))
+
 
 if __name__ == "__main__":
-    import asyncio
-
-    async def main() -> None:
-        async with app.connect() as connection:
-            for number in range(2000):
-                await connection.send(Open(ticket_id=f"t{number}", number=1))
-
     asyncio.run(main())
 """
 
