@@ -106,6 +106,7 @@ SECTIONS: tuple[Section, ...] = (
         1, frozenset({"data", "record_key", "record_value"}), later=True,
     ),
     Section("effect", ("consumer", "message_id", "token", "lease_until"), 2, later=True),
+    Section("pause", ("group", "at", "by", "reason"), later=True),
 )  # fmt: skip
 BY_NAME: Mapping[str, Section] = {section.name: section for section in SECTIONS}
 

@@ -75,6 +75,8 @@ _SELECT: Mapping[str, str] = {
     "using (consumer, digest) where p.number > $1 order by p.number",
     "effect": "select consumer, message_id, token, lease_until from {schema}.effects "
     + _CONSUMED.replace("{id}", "message_id"),
+    "pause": 'select "group", made_at, made_by, reason from {schema}.pauses where "group" collate "C" > $1 '
+    'order by "group" collate "C"',
 }
 TABLES: Mapping[str, str] = {
     "event": "events",
@@ -91,6 +93,7 @@ TABLES: Mapping[str, str] = {
     "parked_key": "parked_keys",
     "parked": "parked",
     "effect": "effects",
+    "pause": "pauses",
 }
 _NO_ID = UUID(int=0)
 _BEGIN: Mapping[str, Row] = {
@@ -104,6 +107,7 @@ _BEGIN: Mapping[str, Row] = {
     "snapshot": ("", ""),
     "watermark": ("", "", -(2**31)),
     "lease": ("",),
+    "pause": ("",),
 }
 _COPY: Mapping[str, tuple[str, ...]] = {
     "event": ("position", "category", "stream", "version", "id", "type", "key", "topic", "made_at", "data", "meta"),
@@ -126,6 +130,7 @@ _COPY: Mapping[str, tuple[str, ...]] = {
         "record_value", "failure",
     ),
     "effect": ("consumer", "message_id", "token", "lease_until"),
+    "pause": ("group", "made_at", "made_by", "reason"),
 }  # fmt: skip
 _REPLIES = ("consumer", "message_id", "document", "data", "last_event", "last_public")
 
@@ -375,6 +380,7 @@ _AS_EXPORTED: Mapping[str, Convert] = {
     "parked_key": _instants_at(2, 3),
     "parked": _with_id(_instants_at(4), at=3),
     "effect": _with_id(_instants_at(3)),
+    "pause": _instants_at(1),
 }
 
 
@@ -450,6 +456,7 @@ _AS_STORED: Mapping[str, Convert] = {
     "parked_key": _stored_parked_key,
     "parked": _stored_parked,
     "effect": _stored_with_id(_stored_instants(3)),
+    "pause": _stored_instants(1),
 }
 
 

@@ -55,6 +55,8 @@ _SELECT: Mapping[str, str] = {
     ", failure FROM foldbus_parked WHERE number>? ORDER BY number",
     "effect": "SELECT consumer, message_id, token, lease_until FROM foldbus_effects "
     "WHERE (consumer, message_id)>(?, ?) ORDER BY consumer, message_id",
+    "pause": "SELECT consumer_group, at, made_by, reason FROM foldbus_pauses WHERE consumer_group>? "
+    "ORDER BY consumer_group",
 }
 TABLES: Mapping[str, str] = {
     "event": "foldbus_events",
@@ -71,6 +73,7 @@ TABLES: Mapping[str, str] = {
     "parked_key": "foldbus_parked_keys",
     "parked": "foldbus_parked",
     "effect": "foldbus_effects",
+    "pause": "foldbus_pauses",
 }
 # Below the first of everything. (An empty text is no name.)
 _BEGIN: Mapping[str, Row] = {
@@ -81,6 +84,7 @@ _BEGIN: Mapping[str, Row] = {
     "parked": (-1,),
     "watermark": ("", "", -(2**63)),
     "lease": ("",),
+    "pause": ("",),
 }
 _IDS: Mapping[str, int] = {
     "event": 4,
@@ -126,6 +130,7 @@ _INSERT: Mapping[str, str] = {
     "parked": "INSERT INTO foldbus_parked (number, consumer, key, message_id, parked_at, envelope, data, details, "
     "record_key, record_value, failure) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "effect": "INSERT INTO foldbus_effects (consumer, message_id, token, lease_until) VALUES (?, ?, ?, ?)",
+    "pause": "INSERT INTO foldbus_pauses (consumer_group, at, made_by, reason) VALUES (?, ?, ?, ?)",
 }
 
 

@@ -138,6 +138,8 @@ async def live(store: Any, *, streams: int = 3) -> None:
     await store.snapshots.save([Snapshot(stream("o-1"), 2, "order/1", b"\x00\xff{}", NOON)])
     await settle_one_of_each(store)
     await park_some(store)
+    await store.flow.pause("shop", by="ann", reason="stock-taking \u2028")
+    await store.flow.pause("shop.handler.mail", by="")
 
 
 async def park_some(store: Any) -> None:

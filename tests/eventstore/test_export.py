@@ -115,6 +115,7 @@ async def test_what_was_moved_answers_and_goes_on_as_the_old_store_would_have(tm
         assert await new.dead_letters() == await old.dead_letters()
         assert await new.watermarks("shop") == await old.watermarks("shop")
         assert await new.leases.position("relay") == 4
+        assert await new.flow.paused() == await old.flow.paused()
         (again,) = await new.commit([Unit(claim=asked, appends=(append("o-1", ANY),))])
         (standing,) = await old.examine(asked.consumer, [(asked.message_id, "o-1")])
         assert (again.verdict, again.reply) == (Verdict.DUPLICATE, standing.reply)
@@ -140,6 +141,24 @@ async def test_settled_letters_are_moved_and_what_is_settled_afterwards_comes_be
         *kept, last = await new.letters.page(LetterWhere(), settled=True)
         assert kept == moved
         assert last == Letter(letter, settlement, moved[-1].number + 1)
+
+
+async def test_an_export_from_before_there_were_queues_and_pauses_is_still_imported(
+    place: Place, elsewhere: Place
+) -> None:
+    """Such a file says nothing of these sections, neither in its header nor in a line."""
+    await place.migrate()
+    async with place.store() as store:
+        await store.commit([Unit(claim=claim(key="o-1", reply=reply()), appends=(append("o-1", 0, 3),))])
+        log = await whole_log(store)
+    header, *body = (await place.export()).splitlines(keepends=True)[:-1]
+    later = {section.name for section in SECTIONS if section.later}
+    assert not [line for line in body if json.loads(line)["is"] in later]
+    said = {name: value for name, value in json.loads(header).items() if name not in {*later, "number"}}
+    await elsewhere.fill(signed([json.dumps(said, separators=(",", ":")).encode() + b"\n", *body]))
+    async with elsewhere.store() as store:
+        assert await whole_log(store) == log
+        assert await store.flow.paused() == {}
 
 
 async def test_an_undo_after_the_move_finds_its_step_done(tmp_path: Path, database: str) -> None:

@@ -166,6 +166,7 @@ _SECTIONS = (
     "parked_key",
     "parked",
     "effect",
+    "pause",
 )
 
 
