@@ -397,9 +397,10 @@ class Store(Protocol):
         ...
 
     async def take(self, tx: Tx, consumer: str, message_id: UUID, *, key: str | None = None) -> Standing:
-        """First statement of a transaction that will commit a unit with this claim: waits for whoever else is at the
-        same message, keeps others waiting until `tx` ends, and answers what is known of it then; KEY_PARKED only when
-        `key` is given."""
+        """First statement of a transaction that will commit a unit with this claim: keeps everybody else from the same
+        message until `tx` ends, and answers what is known of it. STARTED where somebody else is at it now: ask again
+        later, in another transaction. (A store that has one writer at a time waits for that one instead.) KEY_PARKED
+        only when `key` is given."""
         ...
 
     def committed(self) -> None:

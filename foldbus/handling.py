@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("foldbus.runtime")
 
 _IN_QUEUES = frozenset((ClaimState.PARKED, ClaimState.KEY_PARKED))
+_NOT_NOW = ENDED | {ClaimState.STARTED}
 AT_ONCE = 8
 """So many handlers with SQL of one processor run side by side: each may hold a connection."""
 
@@ -166,7 +167,7 @@ class HandlerProcessor:
     # --- with SQL -------------------------------------------------------------------------------------------------
 
     async def _in_transaction(self, work: Work, handler: Handler, message: Message, calls: Calls) -> Result:
-        connection, _envelope = self._connection, work.item.envelope
+        connection = self._connection
         failpoint, claimed = connection.failpoint, handler.delivery is EXACTLY_ONCE
         try:
             async with AsyncExitStack() as stack:
@@ -211,7 +212,7 @@ class HandlerProcessor:
                 return
             key = None if passes else envelope.key
             standing = await connection.store.take(tx, self.consumer, envelope.id, key=key)
-            if standing.state in ENDED or (standing.state in _IN_QUEUES and not passes):
+            if standing.state in _NOT_NOW or (standing.state in _IN_QUEUES and not passes):
                 raise _Known(standing)
 
         return Context(

@@ -32,6 +32,7 @@ from eventstore.loading import whole
 from eventstore.port import (
     Bodies,
     Claim,
+    ClaimState,
     DeadLetter,
     Outcome,
     Page,
@@ -304,9 +305,10 @@ class PostgresStore:
 
     async def take(self, tx: Tx, consumer: str, message_id: UUID, *, key: str | None = None) -> Standing:
         async def take(db: Driver) -> Standing:
-            # Two numbers: a key space apart from the floor lock's. A collision makes somebody wait, no more.
-            lock = "select pg_advisory_xact_lock(hashtext($1), hashtext($2))"
-            await db.execute(lock, consumer, message_id.hex, timeout=self._timeout_s)
+            # Two numbers: a key space apart from the floor lock's. A collision makes somebody come back, no more.
+            lock = "select pg_try_advisory_xact_lock(hashtext($1), hashtext($2))"
+            if not await db.fetchval(lock, consumer, message_id.hex, timeout=self._timeout_s):
+                return Standing(ClaimState.STARTED)
             # A statement, and so a snapshot, of its own: it sees what the one waited for has committed.
             (standing,) = await self._examine(db, consumer, [(message_id, key)])
             return standing
