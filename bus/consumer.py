@@ -29,6 +29,7 @@ from bus.errors import TransportUnavailable
 from bus.metrics import Metrics
 from bus.processing import Item, Processor, Result
 from bus.seams import Clock, Failpoint
+from bus.tasks import all_ended
 from bus.transport import Assignment, Delivery, Transport
 
 __all__ = ["BrokenProcessor", "ConsumerEngine", "EngineSettings", "GivenUp"]
@@ -312,8 +313,7 @@ class ConsumerEngine:
             log.warning("%s: %d messages still at work are cancelled", self._group, self._queues.at_work)
 
     async def _cancel(self, pump: asyncio.Task[None], helpers: Sequence[asyncio.Task[None]]) -> None:
-        for task in (pump, *helpers):
-            task.cancel()
-        await asyncio.gather(pump, *helpers, return_exceptions=True)
+        await all_ended([pump, *helpers])
+        await self._lanes.abandon()
         for offered in tuple(self._offered):
             offered.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,10 +23,20 @@ class Waits(Protocol):
         ...
 
 
+class Held(Protocol):
+    """The partition that an item came from, as long as this member holds it."""
+
+    @property
+    def taking(self) -> bool:
+        """False once it is being handed over: what has not begun by then is left to whoever gets it."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Item:
-    """A message on its way through the engine: from a topic (`delivery`) or from a timer (None), or, with `parked`,
-    from its key's queue in the database, whose turn it is: it is tried once, and given up until its next turn.
+    """A message on its way through the engine: from a topic (`delivery`, `held`) or from a timer (None), or, with
+    `parked`, from its key's queue in the database, whose turn it is: it is tried once, and given up until its next
+    turn.
 
     `attempts` counts failures so far. `examine` is set once a commit answered that something was taken or moved on:
     then ask what became of the id before deciding again. `unreadable`: what it failed with was a BadInput, so that
@@ -38,6 +49,11 @@ class Item:
     examine: bool = False
     parked: Waits | None = None
     unreadable: bool = False
+    held: Held | None = None
+
+    @property
+    def withdrawn(self) -> bool:
+        return self.held is not None and not self.held.taking
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +85,18 @@ class Failed:
 Result = Done | Again | Failed
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Later:
+    """Still at work when the rest of its batch was done: what becomes of it is `result`'s. Its key waits for that,
+    nobody else does; what stands behind it in the batch was not tried. Should `result` raise, nothing is known of the
+    message, and it is given again. The engine cancels what it no longer waits for."""
+
+    result: asyncio.Future[Result]
+
+
+Answer = Result | Later
+
+
 class Processor(Protocol):
     """Handles batches for one group. Results come in the order of `batch`."""
 
@@ -79,7 +107,7 @@ class Processor(Protocol):
         UnknownType or UnknownVersion when it must become a dead letter instead."""
         ...
 
-    async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Result]:
+    async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Answer]:
         """One batch, keys interleaved, per key in order. `watermarks` are contiguous *before* this call and are stored
         with it. An exception means that nothing is known of any of them (the store does not answer): the engine waits
         and gives the same items again, without counting an attempt."""

@@ -6,6 +6,7 @@ handled of it stays handled when the rest has to be given again. It counts as do
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from bus.codec import Codec
 from bus.envelope import Failure
 from bus.errors import BadInput, UpcastFailed
 from bus.metrics import Metrics
-from bus.processing import Again, Aside, Done, Failed, Item, Processor, Result, Watermarks
+from bus.processing import Again, Answer, Aside, Done, Failed, Item, Later, Processor, Result, Watermarks
 from bus.transport import Delivery
 
 log = logging.getLogger("foldbus.bus")
@@ -37,7 +38,7 @@ class UpcastProcessor:
             return type_name in self._older
         return self.inner.wants(type_name)
 
-    async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Result]:
+    async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Answer]:
         if self._names.issuperset({item.envelope.type for item in batch}):
             return await self.inner.process(batch, watermarks)
         works: list[tuple[Item, list[Item], Result]] = []
@@ -55,12 +56,13 @@ class UpcastProcessor:
                     failing.add(item.envelope.key)
             works.append((item, parts, outcome))
         results = iter(await self.inner.process([part for _, parts, _ in works for part in parts], watermarks))
-        answers: list[Result] = []
+        answers: list[Answer] = []
         waiting: set[str] = set()
         for item, parts, outcome in works:
-            answer = _worst([outcome, *(next(results) for _ in parts)])
-            item.examine = item.examine or any(part.examine for part in parts)
+            answer = _all(item, parts, [outcome, *(next(results) for _ in parts)])
             if item.envelope.key in waiting:
+                if isinstance(answer, Later):
+                    answer.result.cancel()
                 answer = Again()  # of a key, nothing is done or failed behind what is not done
             if not isinstance(answer, Done):
                 waiting.add(item.envelope.key)
@@ -112,6 +114,22 @@ class UpcastProcessor:
                 f"{envelope.type} is parked and became {len(named)} messages; discard it from its queue and redrive it"
             )
         return [replace(item, envelope=part) for part in named]
+
+
+def _all(item: Item, parts: Sequence[Item], answers: Sequence[Answer]) -> Answer:
+    """What becomes of an item whose parts are answered so."""
+
+    def known(results: Sequence[Result]) -> Result:
+        item.examine = item.examine or any(part.examine for part in parts)
+        return _worst(results)
+
+    results = [answer for answer in answers if not isinstance(answer, Later)]
+    late = [answer.result for answer in answers if isinstance(answer, Later)]
+
+    async def came() -> Result:
+        return known([*results, *await asyncio.gather(*late)])
+
+    return Later(asyncio.ensure_future(came())) if late else known(results)
 
 
 def _worst(results: Sequence[Result]) -> Result:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from bus.metrics import Metrics
-from bus.processing import Again, Failed, Item, Processor
+from bus.processing import Again, Failed, Item, Later, Processor
 from bus.seams import Clock
 from eventstore.errors import TooManyConflicts
 
@@ -75,6 +75,8 @@ class Executing:
         began = self._clock.monotonic()
         for attempt in range(1, ATTEMPTS_MAX + 1):
             (result,) = await self._processor.process([item], {})
+            if isinstance(result, Later):
+                result = await result.result
             if isinstance(result, Failed):
                 raise result.error
             if not isinstance(result, Again):

@@ -20,7 +20,7 @@ from bus.codec import expired_reply
 from bus.envelope import Envelope, Failure, Origin
 from bus.errors import BusError
 from bus.metrics import Metrics
-from bus.processing import Again, Done, Item, Processor, Result, Watermarks
+from bus.processing import Again, Answer, Done, Item, Processor, Result, Watermarks
 from bus.seams import Clock, Ids
 from bus.summing import Summed
 from bus.transport import Delivery
@@ -65,7 +65,7 @@ class ExpiringProcessor:
     def wants(self, type_name: str) -> bool:
         return self.inner.wants(type_name)
 
-    async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Result]:
+    async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Answer]:
         late = self._late(batch)
         skipped = await self._unknown(late) if late else []
         if not skipped:
@@ -73,11 +73,11 @@ class ExpiringProcessor:
         skip = set(map(id, skipped))
         rest = [item for item in batch if id(item) not in skip]
         answers = iter(await self.inner.process(rest, watermarks))
-        results: list[Result] = []
+        results: list[Answer] = []
         waiting: set[str] = set()
         for item in batch:
             if id(item) in skip:  # nothing is done behind what is not done: then it is skipped the next time
-                result: Result = Again() if item.envelope.key in waiting else Done()
+                result: Answer = Again() if item.envelope.key in waiting else Done()
             else:
                 result = next(answers)
             if not isinstance(result, Done):

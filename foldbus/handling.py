@@ -1,6 +1,8 @@
 """Handlers behind the consumer engine: each message on its own, keys side by side, each key in order.
 
-Deciders' commands of the same batch go to their own processor in one call: the two meet in no key.
+Deciders' commands of the same batch go to their own processor in one call: the two meet in no key. Handlers that take
+longer than a moment are waited for by their keys alone (`bus.processing.Later`); what waits for its turn meanwhile is
+bounded, and left to others when its partition goes to them.
 
 - With SQL: one transaction per message. Its claim is the closing statement, so that it carries the answer; its first
   statement is `Store.take`, which keeps everybody else from the same message meanwhile (docs/decisions/0008).
@@ -22,7 +24,7 @@ from bus.codec import check_size, decode_command
 from bus.envelope import Envelope, Failure
 from bus.errors import BadInput
 from bus.messages import Message, Refused
-from bus.processing import Again, Aside, Done, Failed, Item, Processor, Result, Watermarks
+from bus.processing import Again, Answer, Aside, Done, Failed, Item, Later, Processor, Result, Watermarks
 from bus.transport import Delivery
 from eventstore.errors import StoreUnavailable
 from eventstore.port import Claim, ClaimState, Outcome, Standing, Tx, Unit, Verdict
@@ -43,6 +45,11 @@ _IN_QUEUES = frozenset((ClaimState.PARKED, ClaimState.KEY_PARKED))
 _NOT_NOW = ENDED | {ClaimState.STARTED}
 AT_ONCE = 8
 """So many handlers with SQL of one processor run side by side: each may hold a connection."""
+AHEAD = 16
+"""So many keys, for each that may be at work at once, are taken up before the next batch has to wait."""
+BATCH_MAX = AT_ONCE * AHEAD
+MOMENT_S = 0.02
+"""How long a batch waits for its slowest message, so that quick ones are answered together."""
 
 
 class HandlerProcessor:
@@ -56,7 +63,10 @@ class HandlerProcessor:
         *,
         consumer: str,
         parker: Parker | None = None,
+        moment_s: float | None = None,
     ) -> None:
+        """`moment_s`: how long `process` waits for what takes long, before it answers `Later`; None: to its end."""
+        self._moment_s = moment_s
         self.group, self.consumer = inner.group, consumer
         self._connection, self._inner, self._handlers = connection, inner, handlers
         self._claims = Claims(
@@ -78,63 +88,87 @@ class HandlerProcessor:
             else shared
             for handler in handlers.values()
         }
+        limits = [handler.at_once for handler in {*handlers.values()} if self._turns[handler] is not shared]
+        self._room = AHEAD * (sum(limits) + AT_ONCE * (shared in self._turns.values()))
+        self._chains: set[asyncio.Task[Result]] = set()
 
     def wants(self, type_name: str) -> bool:
         return type_name in self._handlers or self._inner.wants(type_name)
 
     # --- a batch ------------------------------------------------------------------------------------------------
 
-    async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Result]:
+    async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Answer]:
         ours = {item.envelope.key for item in batch if item.envelope.type in self._handlers}
-        chains: dict[str, list[int]] = {}
+        chains: dict[str, _Chain] = {}
         others: list[int] = []
         for place, item in enumerate(batch):
             if item.envelope.key in ours:
-                chains.setdefault(item.envelope.key, []).append(place)
+                chains.setdefault(item.envelope.key, _Chain()).places.append(place)
             else:
                 others.append(place)
-        results: list[Result] = [Again() for _ in batch]
-        errors: list[Exception] = []
-
-        async def rest() -> None:
+        answers: list[Answer] = [Again() for _ in batch]
+        for chain in chains.values():
+            chain.task = asyncio.create_task(self._chain(chain, batch, answers))
+            self._chains.add(chain.task)
+            chain.task.add_done_callback(self._chains.discard)
+        tasks = {chain.task for chain in chains.values()}
+        try:
             if others or watermarks:
-                for place, result in zip(
-                    others, await self._inner.process([batch[place] for place in others], watermarks), strict=True
-                ):
-                    results[place] = result
-
-        async def chain(places: Sequence[int]) -> None:
-            for nth, place in enumerate(places):
-                results[place] = await self._one(batch[place])
-                if not isinstance(results[place], Done):
-                    return  # what is behind it waits
-                if isinstance(results[place], Aside) and batch[place].parked is None:  # the others in one call
-                    left = places[nth + 1 :]
-                    found = await self._claims.join_queue([batch[place] for place in left])
-                    for behind, result in zip(left, found, strict=True):
-                        results[behind] = result
-                    return
-
-        async def noted(work: Any) -> None:
-            try:
-                await work
-            except Exception as error:
-                errors.append(error)
-
-        async with asyncio.TaskGroup() as group:
-            for work in (rest(), *map(chain, chains.values())):
-                group.create_task(noted(work))
-        if errors:
+                results = await self._inner.process([batch[place] for place in others], watermarks)
+                for place, result in zip(others, results, strict=True):
+                    answers[place] = result
+            await self._wait(tasks)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        except BaseException as error:
             # Nothing is known of some: all are given again, and those that are done answer as duplicates.
-            raise errors[0]
-        return results
+            if not isinstance(error, Exception):
+                for task in tasks:
+                    task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        for chain in chains.values():
+            if not chain.task.done():
+                chain.cut = True
+                answers[chain.places[chain.at]] = Later(chain.task)
+        return answers
+
+    async def _wait(self, tasks: Collection[asyncio.Task[Result]]) -> None:
+        """For all of them, or for a moment, and until there is room for the next batch."""
+        if not tasks:
+            return
+        await asyncio.wait(tasks, timeout=self._moment_s)
+        while len(self._chains) > self._room and not all(task.done() for task in tasks):
+            await asyncio.wait(self._chains, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _chain(self, chain: _Chain, batch: Sequence[Item], answers: list[Answer]) -> Result:
+        """One key's messages, until one is not done, or the batch was answered without it: what became of the last."""
+        while True:
+            item = batch[chain.places[chain.at]]
+            result = await self._one(item)
+            if chain.cut:
+                return result
+            answers[chain.places[chain.at]] = result
+            behind = chain.places[chain.at + 1 :]
+            if not isinstance(result, Done) or not behind:
+                return result
+            if isinstance(result, Aside) and item.parked is None:  # the others in one call
+                found = await self._claims.join_queue([batch[place] for place in behind])
+                if not chain.cut:
+                    for place, joined in zip(behind, found, strict=True):
+                        answers[place] = joined
+                return result
+            chain.at += 1
 
     async def _one(self, item: Item) -> Result:
         handler = self._handlers.get(item.envelope.type)
         if handler is None:
-            return (await self._inner.process([item], {}))[0]
+            (result,) = await self._inner.process([item], {})
+            assert not isinstance(result, Later)
+            return result
         async with self._turns[handler]:
-            return await self._in_turn(item, handler)
+            return Again() if item.withdrawn else await self._in_turn(item, handler)
 
     async def _in_turn(self, item: Item, handler: Handler) -> Result:
         work = Work(item)
@@ -377,6 +411,18 @@ class HandlerProcessor:
 
     def forget(self, topics: Collection[tuple[str, int]]) -> None:
         self._inner.forget(topics)
+
+
+class _Chain:
+    """The messages of one key in a batch. `at`: which of `places` is at work; `cut`: the batch was answered."""
+
+    __slots__ = ("at", "cut", "places", "task")
+
+    task: asyncio.Task[Result]
+
+    def __init__(self) -> None:
+        self.places: list[int] = []
+        self.at, self.cut = 0, False
 
 
 class _Known(BaseException):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +29,7 @@ from bus.errors import FoldbusError, MissingTopics, Undecodable, UnknownType
 from bus.messages import Event
 from bus.processing import Processor
 from bus.records import RecordReader
+from bus.tasks import all_ended
 from bus.upcast_processing import UpcastProcessor
 from eventstore.behaviour import Behaviour
 from eventstore.decider import DeciderBehaviour
@@ -38,7 +39,7 @@ from foldbus.early import AtMostOnce
 from foldbus.expiry import TOLERANCE_S, ExpiringProcessor
 from foldbus.gate import Gate
 from foldbus.handlers import Handler
-from foldbus.handling import HandlerProcessor
+from foldbus.handling import BATCH_MAX, MOMENT_S, HandlerProcessor
 from foldbus.health import Health, HealthSettings, alive, ready
 from foldbus.parking import Parker, ParkSettings
 from foldbus.query_processing import QueryProcessor
@@ -56,9 +57,6 @@ if TYPE_CHECKING:
     from foldbus.connection import Connection
 
 log = logging.getLogger("foldbus.worker")
-
-EFFECT_LANES = 8
-EFFECT_BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +77,11 @@ class WorkerSettings:
     stop_timeout_s: float = 30.0
 
 
-def command_processor(connection: Connection, parking: ParkSettings | None = None) -> UnitProcessor | HandlerProcessor:
+def command_processor(
+    connection: Connection, parking: ParkSettings | None = None, *, moment_s: float | None = None
+) -> UnitProcessor | HandlerProcessor:
     """The processor of a service's own commands; claims carry the service's name. Without `parking` it is for
-    `execute`: what would have to wait fails."""
+    `execute`: what would have to wait fails. `moment_s`: see `HandlerProcessor`."""
     service = connection.service
     behaviour = DeciderBehaviour(
         service.deciders, service=service.name, codec=service.codec, ids=connection.ids, clock=connection.clock
@@ -105,10 +105,12 @@ def command_processor(connection: Connection, parking: ParkSettings | None = Non
     }
     if not handlers:
         return inner
-    return HandlerProcessor(connection, inner, handlers, consumer=service.name, parker=parker)
+    return HandlerProcessor(connection, inner, handlers, consumer=service.name, parker=parker, moment_s=moment_s)
 
 
-def subscription_processor(connection: Connection, handler: Handler, parking: ParkSettings) -> Processor:
+def subscription_processor(
+    connection: Connection, handler: Handler, parking: ParkSettings, *, moment_s: float | None = None
+) -> Processor:
     """The processor of one handler of events, also of those that are upcast to its own."""
     service = connection.service
     group = handler_group(service.name, handler)
@@ -126,7 +128,9 @@ def subscription_processor(connection: Connection, handler: Handler, parking: Pa
     parker = _parker(connection, group, parking) if handler.delivery is EXACTLY_ONCE else None
     inner = _processor(connection, group, group, behaviour, wants, parker)
     names = [str(event.type_name) for event in handler.events]
-    processor = HandlerProcessor(connection, inner, dict.fromkeys(names, handler), consumer=group, parker=parker)
+    processor = HandlerProcessor(
+        connection, inner, dict.fromkeys(names, handler), consumer=group, parker=parker, moment_s=moment_s
+    )
     if not service.registry.upcasting:
         return processor
     return UpcastProcessor(processor, names, codec=service.codec, metrics=connection.metrics)
@@ -229,18 +233,11 @@ def reply_processor(connection: Connection, parking: ParkSettings) -> UnitProces
     return _processor(connection, consumer, consumer, behaviour, wants, parker, failpoint="saga-feed")
 
 
-def _for_handler(handler: Handler, settings: EngineSettings) -> EngineSettings:
-    """An effect may take long: a lane for each that may run, so that one of them holds up nobody but its key."""
-    return replace(settings, lanes=handler.at_once, batch_size_max=1) if handler.effect else settings
-
-
-def _for_commands(handlers: Sequence[Handler], settings: EngineSettings) -> EngineSettings:
-    """Effects among the commands: small batches side by side, since a batch lasts as long as its slowest message."""
-    if not any(handler.effect and handler.commands for handler in handlers):
+def _with_handlers(handlers: Iterable[Handler], settings: EngineSettings) -> EngineSettings:
+    """What handlers have in hand is waited for when a worker ends: no more than may soon be done."""
+    if not any(handlers):
         return settings
-    return replace(
-        settings, lanes=max(settings.lanes, EFFECT_LANES), batch_size_max=min(settings.batch_size_max, EFFECT_BATCH)
-    )
+    return replace(settings, batch_size_max=min(settings.batch_size_max, BATCH_MAX))
 
 
 class Worker:
@@ -294,8 +291,8 @@ class Worker:
     def _build(self) -> None:
         service, parking = self.connection.service, self.settings.parking
         if service.name in service.groups:
-            processor = self._expiring(command_processor(self.connection, parking))
-            settings = _for_commands(service.handlers, self.settings.engine)
+            processor = self._expiring(command_processor(self.connection, parking, moment_s=MOMENT_S))
+            settings = _with_handlers((one for one in service.handlers if one.commands), self.settings.engine)
             self._engine([f"{service.name}.commands"], processor, settings=settings)
         if service.queries:
             self._queries = QueryProcessor(self.connection, tolerance_s=self.settings.clock_tolerance_s)
@@ -306,8 +303,8 @@ class Worker:
                 self._early_engine(topics, handler)
             else:
                 gate = partial(free_of, Caller.of(self.connection).circuits(handler)) if handler.breakers else None
-                processor = subscription_processor(self.connection, handler, parking)
-                self._engine(topics, processor, settings=_for_handler(handler, self.settings.engine), gate=gate)
+                processor = subscription_processor(self.connection, handler, parking, moment_s=MOMENT_S)
+                self._engine(topics, processor, settings=_with_handlers([handler], self.settings.engine), gate=gate)
         for name in dict.fromkeys(definition.name for definition in service.sagas):
             topics = sorted({self._topic(one.start) for one in service.sagas if one.name == name})
             self._engine(topics, start_processor(self.connection, name, parking))
@@ -447,9 +444,7 @@ class Worker:
                 if self._queries is not None:
                     await self._queries.close(timeout_s=self.settings.stop_timeout_s)
             finally:  # also when the wait itself is cancelled: nobody else would end them
-                for task in (*parts, *background):
-                    task.cancel()
-                await asyncio.gather(*parts, *background, return_exceptions=True)
+                await all_ended([*parts, *background])
                 if self.ended.done():
                     self.ended.exception()  # seen
         self.check()

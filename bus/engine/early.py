@@ -190,6 +190,9 @@ class EarlyLanes:
 
     # --- going to work ----------------------------------------------------------------------------------------------
 
+    async def abandon(self) -> None:
+        """Nothing goes on beside a lane here."""
+
     async def work(self) -> None:
         """Until cancelled."""
         while True:

@@ -1,7 +1,8 @@
 """Lanes take batches to the processor and deal with its answers; the undertaker gives up what cannot be handled.
 
-They never meet in one key (`queues.py`). A failing key waits alone; an exception out of `process` says nothing about
-any message, so the lane rests, tries smaller batches, and counts no attempt.
+They never meet in one key (`queues.py`). A failing key waits alone, and so does one whose answer comes later; an
+exception out of `process` says nothing about any message, so the lane rests, tries smaller batches, and counts no
+attempt.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from bus.engine.queues import Entry, KeyQueue, KeyQueues, State
 from bus.engine.settings import EngineSettings, failure_of
 from bus.errors import BadInput, BusError
 from bus.metrics import Metrics
-from bus.processing import Again, Aside, Done, Failed, Item, Processor, Result
+from bus.processing import Again, Answer, Aside, Done, Failed, Item, Later, Processor, Result
 from bus.seams import Clock
 
 log = logging.getLogger("foldbus.bus")
@@ -52,6 +53,8 @@ class Lanes:
         self._code_version = code_version
         self._group = processor.group
         self._begun: dict[object, float] = {}
+        self._late: set[asyncio.Future[Result]] = set()
+        self._abandoned = False
         self.gate: Gate | None = None
 
     @property
@@ -76,7 +79,7 @@ class Lanes:
                 continue
             items: list[Item] = [entry.item for entry in batch if entry.item is not None]
             marks = self._partitions.marks()
-            self._begun[lane] = self._clock.monotonic()
+            began = self._begun[lane] = self._clock.monotonic()
             try:
                 results = await processor.process(items, marks)
             except Exception as error:
@@ -90,9 +93,16 @@ class Lanes:
             del self._begun[lane]
             self._partitions.stored(marks)
             limit, failures = min(limit_max, limit * 2), 0
-            if self._answered(batch, results):
+            if self._answered(batch, results, began):
                 # Processors that never suspend must not keep the pump from polling.
                 await asyncio.sleep(0)
+
+    async def abandon(self) -> None:
+        """Cancels what is still at work though its lane has gone on. For the end."""
+        self._abandoned = True
+        for result in self._late:
+            result.cancel()
+        await asyncio.gather(*self._late, return_exceptions=True)
 
     async def bury(self) -> None:
         """Gives up one message at a time, until cancelled; next to the lanes, so that a dead letter that cannot be
@@ -111,22 +121,23 @@ class Lanes:
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
-    def _answered(self, batch: Sequence[Entry], results: Sequence[Result]) -> bool:
-        """Answers whether something goes back."""
+    def _answered(self, batch: Sequence[Entry], results: Sequence[Answer], began: float) -> bool:
+        """Answers whether something goes back, or will."""
         if len(results) != len(batch):
             raise BrokenProcessor(f"{self._group}: process() answered {len(results)} results for {len(batch)} items")
         queues = self._queues
         back: dict[KeyQueue, list[Entry]] = {}
         waits: dict[KeyQueue, float] = {}
+        late: dict[KeyQueue, Later] = {}
         for entry, result in zip(batch, results, strict=True):
             queue = entry.queue
             earlier = back.get(queue) if back else None
+            if isinstance(result, Done | Later) and earlier is not None:
+                raise BrokenProcessor(
+                    f"{self._group}: process() took up offset {entry.offset} of key {queue.key!r} before offset "
+                    f"{earlier[0].offset}, which it answered is not done; nothing more is committed"
+                )
             if isinstance(result, Done):
-                if earlier is not None:
-                    raise BrokenProcessor(
-                        f"{self._group}: process() handled offset {entry.offset} of key {queue.key!r} before offset "
-                        f"{earlier[0].offset}, which it answered is not done; nothing more is committed"
-                    )
                 queues.finish(entry, result)
             elif earlier is not None:
                 # It stood behind one that is not done, so it was not tried, whatever the answer.
@@ -135,12 +146,35 @@ class Lanes:
                     entry.item.examine = True
             else:
                 back[queue] = [entry]
-                waits[queue] = self._not_done(entry, result)
+                if isinstance(result, Later):
+                    late[queue] = result
+                else:
+                    waits[queue] = self._not_done(entry, result)
         for entry in batch:
-            if entry.queue.state is State.WORK:  # once per key: the release changes the state
+            if entry.queue.state is State.WORK and entry.queue not in late:  # once per key: it changes the state
                 queues.release(entry.queue, back.get(entry.queue, ()), waits.get(entry.queue, 0.0))
+        for queue, later in late.items():
+            self._wait_for(later.result, back[queue], began)
         queues.progress.set()
         return bool(back)
+
+    def _wait_for(self, result: asyncio.Future[Result], entries: Sequence[Entry], began: float) -> None:
+        """The first of a key's entries is still at work; the key stays there until it is over."""
+
+        def over(result: asyncio.Future[Result]) -> None:
+            self._late.discard(result)
+            del self._begun[result]
+            if self._abandoned:
+                return
+            error = asyncio.CancelledError() if result.cancelled() else result.exception()
+            if error is None:
+                self._answered(entries, [result.result(), *(Again() for _ in entries[1:])], began)
+            else:
+                self._nothing_known(entries, error)
+
+        self._late.add(result)
+        self._begun[result] = began
+        result.add_done_callback(over)
 
     def _not_done(self, entry: Entry, result: Again | Failed) -> float:
         """How long its key waits."""
@@ -186,7 +220,7 @@ class Lanes:
         )  # fmt: skip
         return wait_s
 
-    def _nothing_known(self, batch: Sequence[Entry], error: Exception) -> None:
+    def _nothing_known(self, batch: Sequence[Entry], error: BaseException) -> None:
         self._metrics.count("foldbus_process_failed_total", group=self._group)
         log.warning(
             "%s: a batch of %d got no answer and is given again: %s: %s",
@@ -196,7 +230,7 @@ class Lanes:
         for entry in batch:
             back.setdefault(entry.queue, []).append(entry)
         wait_s = 0.0
-        if len(batch) == 1:  # perhaps it is this one alone: out of the others' way
+        if len(back) == 1:  # perhaps it is this one alone: out of the others' way
             batch[0].raised += 1
             wait_s = self._settings.backoff_s(batch[0].raised, self._rng)
         for queue, entries in back.items():

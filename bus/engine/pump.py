@@ -202,7 +202,7 @@ class Pump:
                 failure: Failure | None = self._unreadable(error)
             else:
                 failure = None
-            item = Item(envelope, delivery, unreadable=failure is not None)
+            item = Item(envelope, delivery, unreadable=failure is not None, held=part)
             queues.put(Entry(queues.queue(envelope.key), item, delivery, part, offset, size, failure))
         self._largest = max(1, largest)
         for type_name, n in skipped.items():

@@ -143,7 +143,8 @@ async def wait_past(watermark: Watermark, wakeups: Wakeups, position: Position, 
             return
         pause = min(pause * 2, _POLL_S) if watermark.drawn > position else _POLL_S
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(woken.wait(), min(pause, left))
+            async with asyncio.timeout(min(pause, left)):
+                await woken.wait()
         if woken.is_set():
             pause = _FLOOR_POLL_S
 

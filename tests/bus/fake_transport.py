@@ -19,7 +19,7 @@ from bus.consumer import ConsumerEngine, EngineSettings
 from bus.envelope import Envelope, Failure, Kind, Offset
 from bus.errors import Fenced, MissingTopics, Undecodable, UnknownType
 from bus.metrics import MemoryMetrics
-from bus.processing import Again, Done, Item, Result, Watermarks
+from bus.processing import Again, Answer, Done, Item, Result, Watermarks
 from bus.seams import NoFailpoints, SystemClock
 from bus.transport import Assignment, Assignments, Delivery
 
@@ -244,7 +244,7 @@ class Recorder:
 
     group = "billing"
 
-    def __init__(self, answer: Callable[[Item], Result] = lambda item: Done()) -> None:
+    def __init__(self, answer: Callable[[Item], Answer] = lambda item: Done()) -> None:
         self.answer = answer
         self.gate = asyncio.Event()
         self.gate.set()
@@ -269,7 +269,7 @@ class Recorder:
             raise UnknownType("nobody here names 'unknown'")
         return type_name != "other"
 
-    async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Result]:
+    async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Answer]:
         self.entered += 1
         marks = dict(watermarks)
         self.batches.append(list(batch))
@@ -283,8 +283,8 @@ class Recorder:
             raise self.process_errors.popleft()
         self.marks.append(marks)
         self.stored.update(marks)
-        results: list[Result] = []
-        stuck: dict[str, Result] = {}
+        results: list[Answer] = []
+        stuck: dict[str, Answer] = {}
         for item in batch:
             key = item.envelope.key
             result = Again() if key in stuck else self.answer(item)

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from bus.tasks import ended
+from bus import tasks
+from bus.tasks import all_ended, ended
 
 
 async def test_waits_for_the_task_and_keeps_quiet_about_its_cancellation() -> None:
@@ -54,3 +55,31 @@ async def test_lets_the_callers_cancellation_through() -> None:
     with pytest.raises(asyncio.CancelledError):
         await caller
     await asyncio.wait({task})
+
+
+async def test_whoever_swallows_his_cancellation_is_cancelled_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `asyncio.wait_for` of Python 3.11 does now and then. The others' errors are theirs."""
+    monkeypatch.setattr(tasks, "AGAIN_S", 0.01)
+    swallowed: list[int] = []
+
+    async def deaf() -> None:
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                swallowed.append(1)
+                if len(swallowed) == 3:
+                    raise
+
+    async def broken() -> None:
+        raise ValueError("its own")
+
+    going = [asyncio.create_task(deaf(), name="the deaf one"), asyncio.create_task(broken())]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await all_ended(going)
+    assert all(task.done() for task in going)
+    assert len(swallowed) == 3
+    assert "the deaf one goes on though it was cancelled" in caplog.text

@@ -342,7 +342,7 @@ class TestADeath:
 
         one = item(Charge(account="a"))
         monkeypatch.setattr("foldbus.effects.LEASE_MARGIN_S", -49.5)
-        with pytest.raises(BaseExceptionGroup):
+        with pytest.raises(Kill):
             await command_processor(connection(store, bank.handlers(), failpoint=At())).process([one], {})
         assert await standing(store, one) == (ClaimState.STARTED, True)
         assert await whole_log(store) == []
@@ -361,7 +361,7 @@ class TestADeath:
                     raise Kill
 
         one = item(Charge(account="a"))
-        with pytest.raises(BaseExceptionGroup):
+        with pytest.raises(Kill):
             await command_processor(connection(store, bank.handlers(), failpoint=At())).process([one], {})
         await settle(processor(store, bank), one)
         assert bank.done == ["charge"]

@@ -549,7 +549,7 @@ class TestADeath:
                     raise Kill
 
         one = item(Pay(account="a", cents=5))
-        with pytest.raises(BaseExceptionGroup):
+        with pytest.raises(Kill):
             await command_processor(connection(store, pay, failpoint=At())).process([one], {})
         assert await balance(store) == effect
         await settle(command_processor(connection(store)), one)

@@ -116,7 +116,7 @@ def a_world() -> World:
         row = row or Takings()
         if isinstance(event, Checked):
             return row
-        return Takings(ns=[*row.ns, event.n], note=event.note)
+        return Takings(ns=[*row.ns, event.n], note=event.note.replace("\0", "?"))  # no column holds a NUL
 
     tills = Decider("till", initial=Log(), evolve=sold, decide=sell)
     books = Decider("books", initial=Log(), evolve=booked, decide=book)

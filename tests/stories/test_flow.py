@@ -288,7 +288,8 @@ async def test_a_group_that_is_read_at_most_once_is_paused_and_placed_by_its_off
     seen: list[str] = []
 
     class Thrown(Event, type=f"{name}.thrown.v1"):
-        n: Key[int]
+        table: Key[str] = "t"
+        n: int
 
     async def watch(event: Thrown, ctx: BareContext) -> None:
         seen.append(str(event.n))
