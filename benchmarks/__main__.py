@@ -19,7 +19,19 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import appends, arrays, at_most_once, durable, latency, pipeline, purchases, relaying, snapshots, store
+from benchmarks import (
+    appends,
+    arrays,
+    at_most_once,
+    durable,
+    failing,
+    latency,
+    pipeline,
+    purchases,
+    relaying,
+    snapshots,
+    store,
+)
 from benchmarks.harness import Row, Setting, table
 from foldbus.process import tune
 from tests.servers import MissingServer, both
@@ -34,6 +46,7 @@ BENCHMARKS: Mapping[str, Callable[[Setting], Coroutine[Any, Any, list[Row]]]] = 
     "wakeups": pipeline.run_slowly,
     "purchases": purchases.run,
     "latency": latency.run,
+    "failing": failing.run,
     "store": store.run,
     "snapshots": snapshots.run,
 }

@@ -86,9 +86,9 @@ async def _foldbus(setting: Setting, rate: int, store: str, bus: str) -> Mapping
             failpoint=Stamps(here.folded["board"], other),
         ),
     ):  # fmt: skip
-        due = await _open_loop(setting, rate, lambda n: desk.send(here.command(f"note-{n}", n)))
-        await _all_there(due, own, other)
-    return {**_figures("own row", due, own), **_figures("other service's row", due, other)}
+        due = await open_loop(setting, rate, lambda n: desk.send(here.command(f"note-{n}", n)))
+        await all_there(due, own, other)
+    return {**figures("own row", due, own), **figures("other service's row", due, other)}
 
 
 async def _by_hand(setting: Setting, rate: int) -> Mapping[str, float]:
@@ -116,11 +116,11 @@ async def _by_hand(setting: Setting, rate: int) -> Mapping[str, float]:
                         topic, key=record.key, value=record.value, headers=list(record.headers)
                     )
 
-                due = await _open_loop(setting, rate, send)
-                await _all_there(due, saved)
+                due = await open_loop(setting, rate, send)
+                await all_there(due, saved)
         finally:
             await db.close()
-    return _figures("own row", due, saved)
+    return figures("own row", due, saved)
 
 
 @asynccontextmanager
@@ -130,7 +130,7 @@ async def _topic(setting: Setting, name: str) -> AsyncIterator[None]:
     yield
 
 
-async def _open_loop(setting: Setting, rate: int, send: Callable[[int], Awaitable[object]]) -> dict[str, float]:
+async def open_loop(setting: Setting, rate: int, send: Callable[[int], Awaitable[object]]) -> dict[str, float]:
     """Sends at the given rate; answers when each key was due. What is due in the warm-up is left out of the answer."""
     seconds, warm_up = setting.pick(6.0, 0.4), setting.pick(WARM_UP_S, 0.1)
     due: dict[str, float] = {}
@@ -150,12 +150,12 @@ async def _sent(send: Callable[[int], Awaitable[object]], n: int) -> None:
     await send(n)
 
 
-async def _all_there(due: Mapping[str, float], *saved: Mapping[str, float]) -> None:
+async def all_there(due: Mapping[str, float], *saved: Mapping[str, float]) -> None:
     async with asyncio.timeout(60):
         while not all(due.keys() <= one.keys() for one in saved):  # noqa: ASYNC110 - polled, to cost nothing
             await asyncio.sleep(0.02)
 
 
-def _figures(what: str, due: Mapping[str, float], saved: Mapping[str, float]) -> dict[str, float]:
+def figures(what: str, due: Mapping[str, float], saved: Mapping[str, float]) -> dict[str, float]:
     took = [(saved[key] - at) * 1000 for key, at in due.items()]
     return {f"ms p50, {what}": quantile(took, 0.5), f"ms p99, {what}": quantile(took, 0.99)}

@@ -227,7 +227,8 @@ class ConsumerEngine:
         # Tasks of their own, for cancelling run() must not cancel a poll.
         pump = asyncio.create_task(self._pump.run())
         helpers = [asyncio.create_task(self._lanes.work()) for _ in range(self._settings.lanes)]
-        helpers += [asyncio.create_task(self._lanes.bury()), asyncio.create_task(self._commit_regularly())]
+        helpers += [asyncio.create_task(self._lanes.bury()), asyncio.create_task(self._lanes.fate())]
+        helpers.append(asyncio.create_task(self._commit_regularly()))
         try:
             await asyncio.wait({pump, *helpers}, return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("foldbus.runtime")
 
 _JSON = b"application/json"
+YIELD_EVERY = 64
+"""So many calls after each other, at most, before the rest of the worker has its turn: a handler may never wait."""
 
 
 class AtMostOnce:
@@ -142,6 +144,8 @@ class AtMostOnce:
         for known, found in lane.work:
             lane.number += 1
             try:
+                if lane.number % YIELD_EVERY == 0:
+                    await asyncio.sleep(0)
                 if breakers:
                     calls = self._begin()
                 envelope = partial(parse, found) if known is not None else partial(_itself, found)

@@ -118,6 +118,8 @@ class HandlerProcessor:
                 for place, result in zip(others, results, strict=True):
                     answers[place] = result
             await self._wait(tasks)
+            while joining := [one.task for one in chains.values() if one.joining and not one.task.done()]:
+                await asyncio.wait(joining)  # what they join is answered with them
             for task in tasks:
                 if task.done():
                     task.result()
@@ -154,10 +156,10 @@ class HandlerProcessor:
             if not isinstance(result, Done) or not behind:
                 return result
             if isinstance(result, Aside) and item.parked is None:  # the others in one call
+                chain.joining = True
                 found = await self._claims.join_queue([batch[place] for place in behind])
-                if not chain.cut:
-                    for place, joined in zip(behind, found, strict=True):
-                        answers[place] = joined
+                for place, joined in zip(behind, found, strict=True):
+                    answers[place] = joined
                 return result
             chain.at += 1
 
@@ -414,15 +416,16 @@ class HandlerProcessor:
 
 
 class _Chain:
-    """The messages of one key in a batch. `at`: which of `places` is at work; `cut`: the batch was answered."""
+    """The messages of one key in a batch. `at`: which of `places` is at work; `joining`: those behind it follow it into
+    the key's queue; `cut`: the batch was answered."""
 
-    __slots__ = ("at", "cut", "places", "task")
+    __slots__ = ("at", "cut", "joining", "places", "task")
 
     task: asyncio.Task[Result]
 
     def __init__(self) -> None:
         self.places: list[int] = []
-        self.at, self.cut = 0, False
+        self.at, self.joining, self.cut = 0, False, False
 
 
 class _Known(BaseException):

@@ -4,9 +4,10 @@ What this promises, pinned by `tests/bus/test_early_engine.py`:
 
 - No record is handled before the group's offset is past it, as the broker has answered. So nothing is handled twice by
   this group: not after a crash, a rebalance, or a commit of which nobody knows whether it came through.
-- A crash loses what was committed and not handled: at most one batch. A clean stop and a rebalance lose nothing.
-- Records of one partition go to the handler in their order, a batch at a time; the next batch is committed when the
-  one before it has been handled.
+- A crash loses what was committed and not handled: at most `early_batch_max` records. A clean stop and a rebalance lose
+  nothing.
+- Records of one partition go to the handler in their order, a batch at a time; meanwhile the next batch is committed,
+  and no further one. Where a dependency may go down meanwhile (`free`), none is.
 
 There is nothing to try again and nothing to give up, so there are no dead letters: whoever handles counts and logs.
 """
@@ -32,6 +33,7 @@ from bus.envelope import Failure, Offset
 from bus.metrics import Metrics
 from bus.processing import Done, Item, Result, Watermarks
 from bus.seams import Clock
+from bus.tasks import ended
 from bus.transport import Delivery, Transport
 
 log = logging.getLogger("foldbus.bus")
@@ -190,22 +192,39 @@ class EarlyLanes:
 
     # --- going to work ----------------------------------------------------------------------------------------------
 
+    async def fate(self) -> None:
+        """Until cancelled."""
+        await asyncio.Event().wait()
+
     async def abandon(self) -> None:
         """Nothing goes on beside a lane here."""
 
     async def work(self) -> None:
         """Until cancelled."""
-        while True:
-            free = self._processor.free()
-            limit = self._settings.early_batch_max if free is None else min(free, self._settings.early_batch_max)
-            batch = self._take(limit)
-            if batch:
-                await self._handle(batch)
-            elif self._runs:  # a dependency is taken for down
-                await asyncio.sleep(GATE_S)
-            else:
-                self._queues.work.clear()
-                await self._queues.work.wait()
+        most = self._settings.early_batch_max
+        half = most // 2 or 1  # one is handled, one is committed
+        handling: asyncio.Task[None] | None = None
+        try:
+            while True:
+                free = self._processor.free()
+                if handling is not None and (free is not None or most == 1 or not self._runs):
+                    await handling
+                    handling = None
+                    continue
+                batch = self._take(half if free is None else min(free, half))
+                if batch:
+                    ours = await self._ours(batch)
+                    if handling is not None:
+                        await handling
+                    handling = asyncio.create_task(self._handle(batch, ours))
+                elif self._runs:  # a dependency is taken for down
+                    await asyncio.sleep(GATE_S)
+                else:
+                    self._queues.work.clear()
+                    await self._queues.work.wait()
+        finally:
+            if handling is not None:
+                await ended(handling)
 
     async def bury(self) -> None:
         """Nobody is buried here. Until cancelled."""
@@ -225,21 +244,29 @@ class EarlyLanes:
             batch.append(run)
         return batch
 
-    async def _handle(self, batch: Sequence[Run]) -> None:
+    async def _ours(self, batch: Sequence[Run]) -> Sequence[Run]:
         for run in batch:
             self._at_work(run, 1)
         try:
-            ours = await self._committed(batch)
-            if not ours:
-                return
-            self.oldest = self._clock.monotonic()
-            await self._hand_over([record for run in ours for record in run.records])
+            return await self._committed(batch)
+        except BaseException:
+            self._rest(batch)
+            raise
+
+    async def _handle(self, batch: Sequence[Run], ours: Sequence[Run]) -> None:
+        try:
+            if ours:
+                self.oldest = self._clock.monotonic()
+                await self._hand_over([record for run in ours for record in run.records])
         finally:
             self.oldest = None
-            for run in batch:
-                self._at_work(run, -1)
-                self._uncount(run)
-            self._queues.progress.set()
+            self._rest(batch)
+
+    def _rest(self, batch: Sequence[Run]) -> None:
+        for run in batch:
+            self._at_work(run, -1)
+            self._uncount(run)
+        self._queues.progress.set()
 
     async def _hand_over(self, records: Sequence[Delivery]) -> None:
         try:

@@ -55,6 +55,7 @@ class Lanes:
         self._begun: dict[object, float] = {}
         self._late: set[asyncio.Future[Result]] = set()
         self._abandoned = False
+        self._broke, self._bugs = asyncio.Event(), list[BaseException]()
         self.gate: Gate | None = None
 
     @property
@@ -96,6 +97,11 @@ class Lanes:
             if self._answered(batch, results, began):
                 # Processors that never suspend must not keep the pump from polling.
                 await asyncio.sleep(0)
+
+    async def fate(self) -> None:
+        """Raises what came late and would have ended a lane. Until cancelled."""
+        await self._broke.wait()
+        raise self._bugs[0]
 
     async def abandon(self) -> None:
         """Cancels what is still at work though its lane has gone on. For the end."""
@@ -167,10 +173,16 @@ class Lanes:
             if self._abandoned:
                 return
             error = asyncio.CancelledError() if result.cancelled() else result.exception()
-            if error is None:
-                self._answered(entries, [result.result(), *(Again() for _ in entries[1:])], began)
-            else:
+            if isinstance(error, Exception | asyncio.CancelledError):
                 self._nothing_known(entries, error)
+                return
+            try:
+                if error is not None:
+                    raise error
+                self._answered(entries, [result.result(), *(Again() for _ in entries[1:])], began)
+            except BaseException as bug:  # as if it had come out of a lane
+                self._bugs.append(bug)
+                self._broke.set()
 
         self._late.add(result)
         self._begun[result] = began

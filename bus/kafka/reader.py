@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -32,6 +33,8 @@ SLICE_S = 0.25
 """A fetch waits no longer than this for records; then it is asked again."""
 UNREADABLE_RETRY_S = 30.0
 STOP_TIMEOUT_S = 10.0
+LOOKS_MAX = 3
+"""More than one: what was under way when a partition was put on the list is not rewritten."""
 
 
 class UnreadablePartition(TransportUnavailable):
@@ -63,7 +66,7 @@ class Reader:
         self._paused: set[TopicPartition] = set()
         self._next: dict[TopicPartition, Offset] = {}
         self._unreadable: dict[TopicPartition, float] = {}
-        self._looked_at: tuple[TopicPartition, Offset] | None = None
+        self._looks: Counter[tuple[TopicPartition, Offset]] = Counter()
 
     def hold(self, parts: Collection[Assignment], starts: Mapping[Assignment, Offset]) -> None:
         """Reads these, from there, and nothing else. Raises IllegalStateError when aiokafka holds them no more."""
@@ -73,6 +76,7 @@ class Reader:
         self._paused.clear()
         self._unreadable.clear()
         self._unpacking.closely.clear()
+        self._looks.clear()
         self._next = {_partition(part): starts[part] for part in parts}
         self.open = True
 
@@ -186,6 +190,9 @@ class Reader:
                 _quietly(self.raw.seek, partition, records[0].offset)
                 continue
             self._next[partition] = records[-1].offset + 1
+            if self._looks and partition in self._unpacking.closely:
+                self._unpacking.closely.discard(partition)
+                self._looks = Counter({at: n for at, n in self._looks.items() if at[0] != partition})
             for record in records:
                 headers = record.headers
                 for _, value in headers:
@@ -214,12 +221,16 @@ class Reader:
         return self._unreadable_at(internals.failed_partition(self.raw), error)
 
     def _looks_closely(self) -> bool:
-        """A header name that is no UTF-8: what is fetched of that partition is rewritten once (`unpacking.py`), and all
-        others go back to what was delivered of them. False when that was tried at this place."""
+        """A header name that is no UTF-8: until something of that partition is delivered, what is fetched of it is
+        rewritten (`unpacking.py`), and all others go back to what was delivered of them. False when that did not help
+        at this place."""
         culprit = internals.failed_partition(self.raw)
-        if culprit is None or culprit not in self.held or self._looked_at == (culprit, self._next[culprit]):
+        if culprit is None or culprit not in self.held:
             return False
-        self._looked_at = (culprit, self._next[culprit])
+        place = (culprit, self._next[culprit])
+        if self._looks[place] == LOOKS_MAX:
+            return False
+        self._looks[place] += 1
         self._unpacking.closely.add(culprit)
         for partition in self.held:
             _quietly(self.raw.seek, partition, self._next[partition])

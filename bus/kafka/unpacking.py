@@ -103,7 +103,6 @@ class Unpacking:
     def _looked(self, partition: TopicPartition, fetched: bytes, room: int) -> tuple[bytes, int]:
         """What is let through, and how much room is left for large records."""
         closely = partition in self.closely
-        self.closely.discard(partition)
         whole = memoryview(fetched)
         parts: list[bytes | memoryview] = []
         at = kept = 0

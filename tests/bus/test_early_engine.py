@@ -100,8 +100,8 @@ async def test_offsets_are_committed_before_their_records_are_handled(free: int 
     assert (engine.in_flight, engine.in_flight_bytes) == (0, 0)
 
 
-async def test_what_waits_behind_the_batch_in_hand_is_not_committed() -> None:
-    """A crash now costs the batch in hand, and not what was read beyond it."""
+async def test_what_waits_behind_the_next_batch_is_not_committed() -> None:
+    """A crash now costs the batch in hand and the next, ten in all, and not what was read beyond them."""
     transport = FakeTransport()
     fill(transport, 50)
     engine, handled, _ = make(transport, replace(FAST, early_batch_max=10))
@@ -115,7 +115,7 @@ async def test_what_waits_behind_the_batch_in_hand_is_not_committed() -> None:
         await eventually(lambda: len(handled.all) == 50, what="the rest")
 
 
-async def test_a_crash_after_the_commit_loses_at_most_the_batch_and_repeats_nothing() -> None:
+async def test_a_crash_after_the_commit_loses_what_was_in_hand_and_repeats_nothing() -> None:
     class Crash(Exception):
         pass
 
@@ -141,7 +141,7 @@ async def test_a_crash_after_the_commit_loses_at_most_the_batch_and_repeats_noth
     handled = before.all + after.all
     assert len(set(handled)) == len(handled), "handled twice"
     lost = {(0, offset) for offset in range(50)} - set(handled)
-    assert lost == {(0, offset) for offset in range(20, 30)}
+    assert {(0, offset) for offset in range(10, 15)} <= lost <= {(0, offset) for offset in range(5, 15)}
 
 
 async def test_a_commit_of_which_nobody_knows_is_repeated_until_it_is_known() -> None:
@@ -211,7 +211,7 @@ async def test_a_revoke_waits_for_the_batch_in_hand_and_gives_back_what_is_behin
     assert len(set(handled.all)) == 30
 
 
-async def test_a_stop_ends_the_batch_in_hand_and_loses_nothing() -> None:
+async def test_a_stop_ends_the_batches_in_hand_and_loses_nothing() -> None:
     transport = FakeTransport()
     fill(transport, 30)
     engine, handled, _ = make(transport, replace(FAST, early_batch_max=10))
@@ -220,7 +220,7 @@ async def test_a_stop_ends_the_batch_in_hand_and_loses_nothing() -> None:
         await eventually(lambda: handled.batches != [], what="a batch in hand")
         engine.stop()
         handled.gate.set()
-    assert (handled.over, len(handled.all), transport.committed) == (1, 10, {(T, 0): 10})
+    assert (handled.over, len(handled.all), transport.committed) == (2, 10, {(T, 0): 10})
 
 
 async def test_what_the_processor_raises_costs_the_batch_and_is_told() -> None:

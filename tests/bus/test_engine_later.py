@@ -148,3 +148,18 @@ async def test_a_processor_that_begins_what_stands_behind_it_stops_the_engine() 
     await transport.assign(0)
     with pytest.raises(BrokenProcessor, match="took up offset 1 of key 'slow' before offset 0"):
         await run
+
+
+async def test_what_no_handler_may_raise_ends_the_engine_also_when_it_comes_late() -> None:
+    class Kill(BaseException): ...
+
+    transport, processor = FakeTransport(), Slow()
+    transport.record("slow")
+    engine, _ = make_engine(transport, processor)
+    run = asyncio.create_task(engine.run())
+    await transport.assign(0)
+    await eventually(lambda: len(processor.late) == 1, what="an attempt")
+    processor.late[0].set_exception(Kill())
+    with pytest.raises(Kill):
+        await run
+    assert transport.commits == []

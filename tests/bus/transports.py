@@ -112,7 +112,7 @@ def unique(name: str) -> str:
     return f"{name}-{uuid4().hex[:10]}"
 
 
-async def eventually(condition: Callable[[], bool], *, what: str, within_s: float = 20.0) -> None:
+async def eventually(condition: Callable[[], bool], *, what: str, within_s: float = 40.0) -> None:
     """Waits until `condition` holds; fails with `what` after `within_s`."""
     try:
         async with asyncio.timeout(within_s):
