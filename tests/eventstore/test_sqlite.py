@@ -524,3 +524,25 @@ async def test_the_clock_given_decides_what_is_due_and_who_leads(path: Path) -> 
 async def test_the_store_is_a_store(store: SqliteStore) -> None:
     port: Store = store
     assert (await port.load([wanted("a")]))[0].version == 0
+
+
+async def test_transactions_of_one_process_wait_in_order_and_do_not_ask_for_the_file_side_by_side(path: Path) -> None:
+    metrics, order = MemoryMetrics(), list[int]()
+
+    async def one(store: SqliteStore, number: int) -> None:
+        async with store.transaction() as tx:
+            await tx.sql.execute(text("select 1"))
+            order.append(number)
+            await asyncio.sleep(0.01)
+
+    async with SqliteStore.open(path, service=SERVICE, metrics=metrics) as store:
+        await asyncio.gather(*(one(store, number) for number in range(8)))
+        assert order == list(range(8))
+        assert metrics.total("foldbus_store_busy_retries_total") == 0
+
+
+async def test_a_transaction_that_waits_for_another_of_its_process_too_long_says_so(path: Path) -> None:
+    async with SqliteStore.open(path, service=SERVICE, busy_s=0.05) as store, store.transaction():
+        with pytest.raises(StoreUnavailable, match="other transactions of this process went on for"):
+            async with store.transaction():
+                raise AssertionError("begun")
