@@ -59,6 +59,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("foldbus.worker")
 
 
+IN_HAND = 4
+"""So many batches of messages for handlers are taken from their topics."""
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -234,10 +238,15 @@ def reply_processor(connection: Connection, parking: ParkSettings) -> UnitProces
 
 
 def _with_handlers(handlers: Iterable[Handler], settings: EngineSettings) -> EngineSettings:
-    """What handlers have in hand is waited for when a worker ends: no more than may soon be done."""
+    """A transaction or a call for each message: what is at work is waited for when a worker ends, and what is in hand
+    stands before the first message of a partition that comes. No more of both than may soon be done."""
     if not any(handlers):
         return settings
-    return replace(settings, batch_size_max=min(settings.batch_size_max, BATCH_MAX))
+    return replace(
+        settings,
+        batch_size_max=min(settings.batch_size_max, BATCH_MAX),
+        in_flight_max=min(settings.in_flight_max, IN_HAND * BATCH_MAX),
+    )
 
 
 class Worker:
