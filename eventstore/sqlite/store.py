@@ -17,7 +17,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 from sqlalchemy import Connection, event
@@ -72,6 +72,9 @@ from eventstore.sqlite.timers import SqliteTimers
 from eventstore.sqlite.units import Call, ParkedKey, Written, commit_calls
 from eventstore.sqlite.watch import Watch
 
+if TYPE_CHECKING:
+    import aiosqlite
+
 log = logging.getLogger("foldbus.eventstore")
 
 T = TypeVar("T")
@@ -116,6 +119,7 @@ class SqliteStore:
         self.records = SqliteRecords(database, self._watch.saw)
         self._engine: AsyncEngine | None = None
         self._transactions = asyncio.Lock()
+        self._ending: set[asyncio.Future[None]] = set()
         self._reading_engine: AsyncEngine | None = None
         self._random = random.Random()
 
@@ -468,7 +472,15 @@ class SqliteStore:
                 finally:
                     cursor.close()
 
-        _ = on_connect, on_begin
+        @event.listens_for(engine.sync_engine, "invalidate")
+        def on_invalidate(connection: Any, _record: object, _error: object) -> None:
+            # Its statement was cancelled, and it is closed next. Closed with a statement that somebody still refers to
+            # (a traceback does), a connection keeps the file's lock until the garbage collector comes by.
+            ending = asyncio.ensure_future(_give_back(connection.driver_connection))
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
+
+        _ = on_connect, on_begin, on_invalidate
         return engine
 
     def _make_reading_engine(self) -> AsyncEngine:
@@ -496,6 +508,13 @@ class SqliteStore:
         if cause is None:
             return error
         return translated(cause, str(self.database.path))
+
+
+async def _give_back(connection: aiosqlite.Connection) -> None:
+    """What it is at comes to nothing, and with it its transaction."""
+    await connection.interrupt()
+    with contextlib.suppress(sqlite3.Error, ValueError):  # gone already
+        await connection.rollback()
 
 
 class _CommitWork(Mergeable):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sqlite3
 import sys
 import time
@@ -546,3 +547,33 @@ async def test_a_transaction_that_waits_for_another_of_its_process_too_long_says
         with pytest.raises(StoreUnavailable, match="other transactions of this process went on for"):
             async with store.transaction():
                 raise AssertionError("begun")
+
+
+async def test_a_statement_that_is_cancelled_gives_the_files_lock_back_at_once(path: Path) -> None:
+    """Though a traceback still refers to the statement, and nothing collects it."""
+    long = "with recursive n(x) as (select 1 union all select x + 1 from n where x < 30000000) select count(*) from n"
+    other = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
+    async with SqliteStore.open(path, service=SERVICE) as store:
+        at_work = asyncio.Event()
+
+        async def work() -> None:
+            async with store.transaction() as tx:
+                driver: Any = (await tx.sql.get_raw_connection()).driver_connection
+                loop = asyncio.get_running_loop()
+                await driver.set_progress_handler(lambda: loop.call_soon_threadsafe(at_work.set) and None, 10_000)
+                await tx.sql.execute(text(long))
+
+        gc.disable()
+        try:
+            task = asyncio.create_task(work())
+            await asyncio.wait_for(at_work.wait(), 10)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError) as kept:
+                await task
+            await asyncio.to_thread(other.execute, "BEGIN IMMEDIATE")
+            assert kept.tb is not None
+        finally:
+            gc.enable()
+            other.close()
+        async with store.transaction() as tx:
+            assert (await tx.sql.execute(text("select 1"))).scalar_one() == 1

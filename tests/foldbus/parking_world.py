@@ -31,7 +31,7 @@ booked = Table(
 
 PATIENT = replace(QUICK, parking=ParkSettings(base_s=0.05, max_s=0.2, total_s=3600.0, lease_s=2.0))
 """Parks whatever fails for as long as the test lasts."""
-BRIEF = replace(QUICK, parking=ParkSettings(base_s=0.02, max_s=0.1, total_s=0.4, lease_s=2.0))
+BRIEF = replace(QUICK, parking=ParkSettings(base_s=0.02, max_s=0.1, total_s=3.0, lease_s=2.0))
 """What was parked has had its time soon."""
 
 Fails = Callable[[str, int], bool]

@@ -22,7 +22,7 @@ from bus.seams import SystemClock, Uuid7Ids
 from bus.transport import Ack, Delivery, Headers, Outgoing, TopicSpec, Transport
 from eventstore.port import DeadLetter, Store, Wanted
 from foldbus import Command, Connection, Decider, Died, Event, Key, Projection, SagaRun, Service, projection, saga
-from tests.stories.pairs import Pair, eventually, unique
+from tests.stories.pairs import QUICK, Pair, eventually, unique
 
 ids = Uuid7Ids()
 clock = SystemClock()
@@ -463,7 +463,8 @@ async def test_each_bad_record_becomes_a_dead_letter_and_all_others_are_handled_
 async def test_a_failing_handler_is_tried_again_then_answers_died_and_its_key_goes_on(pair: Pair) -> None:
     world = a_world()
     metrics = MemoryMetrics()
-    async with pair.connect(world.till, metrics=metrics) as till:
+    patient = replace(QUICK, parking=replace(QUICK.parking, total_s=3.0))  # far more than three attempts take
+    async with pair.connect(world.till, metrics=metrics, settings=patient) as till:
         before = asyncio.create_task(till.request(world.sell(till="t", n=1), timeout_s=30))
         doomed = ids.new()
         answers = [
