@@ -137,6 +137,7 @@ class TopicFeed:
         self._polling: asyncio.Task[object] | None = None
         self._ends: Mapping[int, int] = {}
         self._ends_at = float("-inf")
+        self._looking: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> TopicFeed:
         return self
@@ -229,19 +230,35 @@ class TopicFeed:
         return list(found)
 
     async def _look_at_ends(self, consumer: Consumer, *, fresh: bool) -> None:
-        now = self._clock.monotonic()
-        if fresh or now - self._ends_at >= _ENDS_EVERY_S:
-            self._ends = {part.partition: end for part, end in (await consumer.end_offsets()).items()}
-            self._ends_at = now
+        """`fresh`: asked now, or under way. Otherwise not much older than a second, and nothing that was read waits for
+        the answer: a broker takes up one request of a connection after the other, and the next fetch is before it."""
+        looking = self._looking
+        if looking is not None and looking.done():
+            self._looking = None
+            looking.result()
+        if self._looking is None and (fresh or self._clock.monotonic() - self._ends_at >= _ENDS_EVERY_S):
+            self._looking = asyncio.create_task(self._look(consumer))
+        if self._looking is not None and (fresh or not self._ends):
+            await asyncio.shield(self._looking)
+            self._looking = None
+
+    async def _look(self, consumer: Consumer) -> None:
+        self._ends = {part.partition: end for part, end in (await consumer.end_offsets()).items()}
+        self._ends_at = self._clock.monotonic()
 
     async def _close(self) -> None:
         polling, self._polling = self._polling, None
+        looking, self._looking = self._looking, None
         reader, self._reader, self._consumer = self._reader, None, None
         try:
-            if polling is not None:
-                await asyncio.wait([polling])  # bounded by the poll's own timeout
-                if not polling.cancelled():
-                    polling.exception()
+            if looking is not None:
+                looking.cancel()
+            pending = [task for task in (polling, looking) if task is not None]
+            if pending:
+                await asyncio.wait(pending)  # bounded by the poll's own timeout
+                for task in pending:
+                    if not task.cancelled():
+                        task.exception()
         finally:
             if reader is not None:
                 await reader.aclose()

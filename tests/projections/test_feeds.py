@@ -217,6 +217,36 @@ async def test_a_read_that_was_cancelled_loses_nothing(transport: Transport, top
     assert len(found) == 1
 
 
+async def test_what_was_read_does_not_wait_for_the_ends_of_its_partitions(
+    transport: Transport, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker answers who asks for them only after the next fetch, half a second later when nothing more comes."""
+    monkeypatch.setattr("projections.feeds._ENDS_EVERY_S", 0.0)
+    async with topic_feed(transport, topic) as feed:
+        _, page = await drained(feed, Checkpoint(), n=0)
+        checkpoint = page.checkpoint
+        consumer = feed._consumer
+        assert consumer is not None
+        ask, may_answer, asked = consumer.end_offsets, asyncio.Event(), list[int]()
+
+        async def slow() -> Any:
+            asked.append(1)
+            await may_answer.wait()
+            return await ask()
+
+        monkeypatch.setattr(consumer, "end_offsets", slow)
+        for n in range(3):
+            await moved(transport, topic, n, n + 1)
+            async with asyncio.timeout(10):
+                while checkpoint.places[topic, 0].offset <= n:
+                    page = await feed.read(checkpoint, limit=10, timeout_s=5.0)
+                    checkpoint = page.checkpoint
+        assert len(asked) == 1, "one question at a time"
+        may_answer.set()
+        page = await feed.read(checkpoint, limit=10)
+        assert (page.records, page.behind) == ([], 0)
+
+
 async def test_a_missing_topic_says_so_and_is_read_once_it_is_there(transport: Transport) -> None:
     name = f"{unique('late')}.events"
     async with topic_feed(transport, name) as feed:
