@@ -289,8 +289,8 @@ class Lanes:
             queues.finish(entry, result)
             queues.release(entry.queue, (), 0.0)
         else:
-            self._metrics.count("foldbus_dead_letters_total", group=self._group, error=failure.error)
-            log.error(
+            self._metrics.count("foldbus_given_up_total", group=self._group, error=failure.error)
+            log.info(  # the dead letter itself is an error in the log, from whoever wrote it
                 "%s: %s given up after %d attempts: %s: %s",
                 self._group, _name(entry), failure.attempts, failure.error, failure.message,
             )  # fmt: skip

@@ -567,7 +567,7 @@ async def test_messages_of_a_key_are_handled_in_order_whatever_fails(seed: int) 
         ends = {(T, p): len(transport.logs[T, p]) for p in range(3)}
         await eventually(lambda: transport.committed == ends, what="everything committed")
         assert await engine.caught_up()
-    assert metrics.total("foldbus_dead_letters_total") == 0
+    assert metrics.total("foldbus_given_up_total") == 0
     for key, records in sent.items():
         offsets = processor.offsets(key)
         firsts = list(dict.fromkeys(offsets))
@@ -704,7 +704,7 @@ async def test_bad_input_is_given_up_at_once_and_stops_nobody() -> None:
     ]
     assert {f.attempts for _, f in [*processor.dead, *processor.raw]} == {1}
     assert {f.code_version for _, f in [*processor.dead, *processor.raw]} == {"v7"}
-    assert metrics.total("foldbus_dead_letters_total") == 4
+    assert metrics.total("foldbus_given_up_total") == 4
 
 
 async def test_a_failing_message_is_tried_a_bounded_number_of_times_then_given_up_in_its_place() -> None:

@@ -57,7 +57,7 @@ async def test_a_message_set_aside_completes_its_offset_and_is_no_dead_letter() 
         (0, 2),
         (2, 2),
     ]
-    assert metrics.total("foldbus_dead_letters_total") == 0
+    assert metrics.total("foldbus_given_up_total") == 0
 
 
 async def test_followers_may_be_set_aside_by_process_itself() -> None:

@@ -487,6 +487,7 @@ async def test_a_failing_handler_is_tried_again_then_answers_died_and_its_key_go
         assert "in sell" in letter.failure.stack
         assert letter.failure.first_failed_at < letter.failure.failed_at
         assert metrics.total("foldbus_retried_total", group=world.till.name) == 2
+        assert metrics.total("foldbus_dead_letters_total") == 1
         async with pair.transport() as outside:
             (copy,) = await copies(outside, f"{world.till.name}.dlq", 1)
         assert copy.value == letter.value
