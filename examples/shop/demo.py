@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,11 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 from bus.cloudevents import from_record
 from bus.seams import SystemClock
 from bus.topics import apply
+from eventstore.port import Where
 from foldbus import Connection, FoldbusError, MemoryMetrics, OutcomeUnknown, Service, TransportUnavailable
 from foldbus.backends import directory_of, migrate_store, open_transport, without_password
 from foldbus.progress import Progress
+from sagas.events import SagaCompensated, SagaCompleted
 from shop import insights, orders, payments, warehouse
 from shop.crash import Crashes, SteadyWorkers, Workers
 from shop.journal import Journal, What
@@ -32,6 +34,7 @@ from shop.verify import verify
 SERVICES: tuple[Service, ...] = (orders.app, payments.app, warehouse.app, insights.app)
 _ORDERS = uuid5(NAMESPACE_URL, "foldbus:shop:orders")
 _MARK = "made-by-foldbus-demo"
+_SAGA_ENDS = Where(types=frozenset((SagaCompleted.type_name, SagaCompensated.type_name)))
 _ENDINGS = frozenset((str(OrderCompleted.type_name), str(OrderCancelled.type_name)))
 
 
@@ -115,6 +118,7 @@ async def run(options: Options, progress: Progress) -> Report:
         await _Till(client, workers, options, progress, journal).sell(purchases)
         workers.calm()
         await _wait_for_insights(store, bus, expected.placed, workers, options, progress)
+        await _wait_for_sagas(store, bus, expected.placed, workers, options, progress)
         report.seconds = time.perf_counter() - started
         report.kills = workers.kills
         if options.verify:
@@ -253,18 +257,47 @@ async def _wait_for_insights(
     """Until the read model has counted every order's beginning and end."""
     async with insights.app.connect(store=store, bus=bus) as connection:
         view = connection.view(insights.customers)
-        moved, seen = time.monotonic(), -1
+
+        async def counted() -> int:
+            rows = [row async for _, row in view.rows()]
+            return sum(row.placed + row.completed + sum(row.cancelled.values()) for row in rows)
+
         with progress.task("insights", 2 * placed):
+            await _wait_for(2 * placed, counted, "insights", workers, options, progress)
+
+
+async def _wait_for_sagas(
+    store: str, bus: str, placed: int, workers: Workers, options: Options, progress: Progress
+) -> None:
+    """Until every order's saga has ended: one that fails cancels its order first, and then undoes its steps."""
+    async with orders.app.connect(store=store, bus=bus) as connection:
+        after, ended = 0, 0
+
+        async def counted() -> int:
+            nonlocal after, ended
             while True:
-                workers.check()
-                counted = 0
-                async for _, row in view.rows():
-                    counted += row.placed + row.completed + sum(row.cancelled.values())
-                progress.at(counted)
-                if counted == 2 * placed:
-                    return
-                if counted != seen:
-                    moved, seen = time.monotonic(), counted
-                if time.monotonic() - moved > options.patience_s:
-                    raise DemoFailed(f"the insights stand still at {counted} of {2 * placed}")
-                await asyncio.sleep(0.05)
+                page = await connection.store.read_all(after=after, limit=1000, where=_SAGA_ENDS)
+                ended += len(page.records)
+                if page.upto == after:
+                    return ended
+                after = page.upto
+
+        with progress.task("sagas", placed):
+            await _wait_for(placed, counted, "sagas", workers, options, progress)
+
+
+async def _wait_for(
+    total: int, count: Callable[[], Awaitable[int]], what: str, workers: Workers, options: Options, progress: Progress
+) -> None:
+    moved, seen = time.monotonic(), -1
+    while True:
+        workers.check()
+        counted = await count()
+        progress.at(counted)
+        if counted == total:
+            return
+        if counted != seen:
+            moved, seen = time.monotonic(), counted
+        if time.monotonic() - moved > options.patience_s:
+            raise DemoFailed(f"the {what} stand still at {counted} of {total}")
+        await asyncio.sleep(0.05)

@@ -6,6 +6,7 @@ orders, payments, insights and warehouse. `python -m benchmarks.soak` does the s
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import subprocess
@@ -16,8 +17,10 @@ from typing import Any
 
 import pytest
 
-from shop import orders
+from foldbus.progress import Progress
+from shop import demo, orders
 from shop.crash import Crashes
+from shop.outcome import count_shop
 from tests.servers import start_kafka
 from tests.stories.pairs import Pair
 
@@ -36,12 +39,12 @@ def own_pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
             yield Pair("servers", database, f"kafka://{kafka.bootstrap}")
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(330)
 def test_workers_that_are_killed_again_and_again_sell_what_a_plain_pass_says(own_pair: Pair, tmp_path: Path) -> None:
     chosen = ("--limit", str(PURCHASES), "--seed", str(SEED), "--store", own_pair.store, "--bus", own_pair.bus)
     ran = subprocess.run(
         [sys.executable, "-m", "foldbus", "demo", "--crash", "--json", "--directory", str(tmp_path / "shop"), *chosen],
-        capture_output=True, text=True, check=False, timeout=150,
+        capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
     report = json.loads(ran.stdout)
@@ -49,6 +52,29 @@ def test_workers_that_are_killed_again_and_again_sell_what_a_plain_pass_says(own
     assert report["shop"] == report["expected"]
     assert report["shop"]["placed"] == PURCHASES
     assert report["kills"] >= 2, "all was sold within 1.7 s"
+
+
+async def test_nothing_is_counted_before_every_order_is_undone_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An order is told to be cancelled before what was done for it is undone."""
+
+    async def at_once(*_: Any) -> None: ...
+
+    async def ends_of_sagas(store: str, bus: str) -> int:
+        async with orders.app.connect(store=store, bus=bus) as connection:
+            return len((await connection.store.read_all(after=0, limit=1000, where=demo._SAGA_ENDS)).records)
+
+    async def count(store: str, bus: str) -> Any:
+        ended.append(await ends_of_sagas(store, bus))
+        return await count_shop(store, bus)
+
+    ended: list[int] = []
+    monkeypatch.setattr(demo, "_wait_for_insights", at_once)  # they may be as quick as they like
+    monkeypatch.setattr(demo, "count_shop", count)
+    report = await demo.run(demo.Options(limit=60, directory=tmp_path / "shop"), Progress(stream=io.StringIO()))
+    assert ended == [60]
+    assert (report.shop, report.undone != []) == (report.expected, True)
 
 
 async def test_kills_become_rarer_while_nothing_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
