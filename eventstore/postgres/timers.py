@@ -19,7 +19,7 @@ class PostgresTimers:
     def __init__(self, fetch: Query, schema: str, clock: Clock) -> None:
         self._fetch, self._clock = fetch, clock
         self._ahead = timedelta()
-        """By how much the database's clock is ahead of ours, as last seen."""
+        """By how much the database's clock is ahead of ours, at most, as last seen."""
         # statement_timestamp, not clock_timestamp: a volatile function would keep the index from being used.
         self._due = f"""
             with due as materialized (
@@ -45,17 +45,15 @@ class PostgresTimers:
         ]
 
     async def next_due(self) -> datetime | None:
+        asked_at = self._clock.now()
         (row,) = await self._fetch(self._next)
-        self.seen(row["now"])
+        # Not when the answer came: had it been long on its way, delays counted from it would end too early.
+        self._ahead = row["now"] - asked_at
         at: datetime | None = row["at"]
         return at
 
     async def release(self, timer: Timer, *, delay_s: float) -> None:
         await self._fetch(self._release, timer.consumer, timer.id, delay_s)
-
-    def seen(self, now: datetime) -> None:
-        """The database's clock said so just now."""
-        self._ahead = now - self._clock.now()
 
     def now(self) -> datetime:
         return self._clock.now() + self._ahead

@@ -640,3 +640,21 @@ async def test_random_calls_are_answered_as_the_reference_answers_them(
         for a, b in zip(await reference.examine(CONSUMER, asked), await store.examine(CONSUMER, asked), strict=True):
             assert (a.state, with_ranks(a.reply, rank)) == (b.state, with_ranks(b.reply, our_rank))
         assert seen == {"committed", "duplicate", "conflict", "cancelled"}
+
+
+async def test_the_servers_clock_is_not_taken_for_behind_when_its_answer_is_long_on_its_way(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is delayed from now on would be due too early."""
+    fetch = store.timers._fetch
+
+    async def slow(*query: Any) -> Any:
+        found = await fetch(*query)
+        await asyncio.sleep(0.5)
+        return found
+
+    monkeypatch.setattr(store.timers, "_fetch", slow)
+    assert await store.timers.next_due() is None
+    async with store.transaction() as tx:
+        before = (await tx.sql.execute(text("select clock_timestamp()"))).scalar_one()
+    assert store.timers.now() >= before
