@@ -178,7 +178,10 @@ class Parker:
         """It failed once more in its turn."""
         envelope, due_at = item.envelope, self._due_at(item, failure)
         self._failpoint.hit("before-postpone")
-        mine = await self._store.parking.postpone(_parked(item), failure, due_at=due_at)
+        turn = _parked(item)
+        mine = await self._store.parking.postpone(turn, failure, due_at=due_at)
+        if not mine and _parked(item) is not turn:  # its lease ended meanwhile, and it was given anew here
+            mine = await self._store.parking.postpone(_parked(item), failure, due_at=due_at)
         self._failpoint.hit("after-postpone")
         if not mine:
             self.lost_turn(item)

@@ -200,9 +200,10 @@ class DueParked:
     def _offer(self, parked: Parked) -> None:
         name = (parked.consumer, parked.key, parked.number)
         held = self._hands.get(name)
-        if held is not None:  # its lease ended before it was handled here, and it is still at the head
-            held.parked = parked
+        if held is not None and held.parked is not None and held.parked.failure == parked.failure:
+            held.parked = parked  # its lease ended before it was handled here, and it is still at the head
             return
+        # Or it failed here once more and is due again already, before the engine's answer was heard: a turn of its own.
         failure, message = parked.failure, parked.message
         attempts = 0 if failure is None else failure.attempts
         item = Item(message.envelope, message.delivery, attempts, parked=parked)
@@ -212,11 +213,12 @@ class DueParked:
             return
         self._hands[name] = item
         self._metrics.count("foldbus_turns_total", consumer=parked.consumer)
-        ended.add_done_callback(partial(self._ended, name))
+        ended.add_done_callback(partial(self._ended, name, item))
 
-    def _ended(self, name: _Name, ended: asyncio.Future[Result]) -> None:
-        if self._hands.pop(name, None) is None:
+    def _ended(self, name: _Name, item: Item, ended: asyncio.Future[Result]) -> None:
+        if self._hands.get(name) is not item:
             return
+        del self._hands[name]
         consumer, key, _ = name
         if ended.cancelled():  # the engine ended before its turn came
             self._dropped.add((consumer, key))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -193,6 +194,26 @@ async def test_a_worker_that_stops_puts_back_what_it_has_in_hand(store: Store, t
         await due.put_back()
     async with handing(twin, others, lease_s=3600.0):
         assert sorted(item.envelope.key for item in await taken(others, 2)) == ["a", "b"]
+
+
+async def test_one_that_is_due_again_before_its_end_was_heard_has_a_turn_of_its_own(store: Store) -> None:
+    """Not the one that is over: nobody would have the key until the lease ends."""
+    await park(store, "a")
+    engine = Engine()
+    async with handing(store, engine, lease_s=60.0) as (_, metrics):
+        (item,) = await taken(engine, 1)
+        await store.parking.postpone(cast("Parked", item.parked), replace(failure(), attempts=4), due_at=NOON)
+        _, again = await taken(engine, 2)
+        assert (item.envelope.id, again.attempts) == (again.envelope.id, 4)
+        engine.taken[0][1].set_result(Aside())
+        await handled(store, again)
+        engine.taken[1][1].set_result(Done())
+
+        async def freed() -> int:
+            return metrics.total("foldbus_keys_freed_total")
+
+        await eventually(freed, lambda n: n == 1)
+        assert len(engine.taken) == 2
 
 
 async def test_one_that_was_postponed_is_not_asked_for_before_its_time(store: Store) -> None:
