@@ -11,10 +11,15 @@ from contextlib import AbstractContextManager, ExitStack
 from urllib.parse import urlsplit
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from eventstore.postgres import PostgresStore
 from tests.servers import Kafka, MissingServer, Postgres, start_kafka, start_postgres
 from tests.servers.postgres import new_database
+
+# A machine that stands still for a second says nothing about an example: a test's own timeout is what bounds it.
+settings.register_profile("any machine", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 class Servers:

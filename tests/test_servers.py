@@ -184,7 +184,7 @@ with start_postgres(own=True) as server:
         assert any(process.name() == "postgres" for process in started)
         run.kill()
 
-    gone, alive = psutil.wait_procs(started, timeout=20)
+    gone, alive = psutil.wait_procs(started, timeout=40)
 
     assert gone
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

@@ -14,7 +14,7 @@ from benchmarks.__main__ import BENCHMARKS
 from benchmarks.harness import Row, Setting, compare, per_second, quantile, table
 
 
-@pytest.mark.timeout(300)  # "store" starts a process per peer, twelve in all
+@pytest.mark.timeout(600)  # "store" starts a process per peer, twelve in all
 @pytest.mark.parametrize("name", BENCHMARKS)
 async def test_a_benchmark_measures_each_of_its_variants(name: str, kafka: str, postgres: str, tmp_path: Path) -> None:
     rows = await BENCHMARKS[name](Setting(kafka, postgres, tmp_path, rounds=1, quick=True))
@@ -33,7 +33,7 @@ async def test_a_benchmark_measures_each_of_its_variants(name: str, kafka: str, 
         assert compared == cases.keys()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 async def test_costs_says_where_the_time_of_a_purchase_goes() -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks.costs", "--purchases", "20"),

@@ -65,7 +65,7 @@ def test_a_pause_is_the_time_between_the_effects_around_a_takeover_under_what_wa
     assert found["per_partition_mean_s"] == (3.0 + 8.0 + 16.0 + 11.0) / 4
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 async def test_a_short_soak_through_all_that_can_be_done_to_workers_and_a_broker_that_is_away_loses_nothing() -> None:
     chosen = "--messages 1000 --keys 50 --seconds 12 --seed 4 --down 4 --rest 120"
     process = await asyncio.create_subprocess_exec(

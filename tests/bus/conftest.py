@@ -16,6 +16,12 @@ def rig(request: pytest.FixtureRequest) -> Rig:
 
 
 @pytest.fixture
+def mortal(rig: Rig) -> Rig:
+    """The same bus, with sessions so short that a test can wait for the end of one."""
+    return rig.mortal()
+
+
+@pytest.fixture
 async def transport(rig: Rig) -> AsyncIterator[Transport]:
     async with rig.open() as transport:
         yield transport

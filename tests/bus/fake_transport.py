@@ -337,10 +337,10 @@ FAST = EngineSettings(
     poll_timeout_s=0.02,
     retry_base_s=0.01,
     retry_max_s=0.05,
-    retry_total_s=5.0,
+    retry_total_s=60.0,
     commit_interval_s=0.01,
-    commit_timeout_s=1.0,
-    drain_timeout_s=2.0,
+    commit_timeout_s=20.0,
+    drain_timeout_s=20.0,
 )
 
 
@@ -360,7 +360,7 @@ async def running(engine: ConsumerEngine) -> AsyncIterator[asyncio.Task[None]]:
         yield task
     finally:
         engine.stop()
-        await asyncio.wait({task}, timeout=10)
+        await asyncio.wait({task}, timeout=40)
         if not task.done():
             task.cancel()
             raise AssertionError("the engine did not stop")

@@ -162,7 +162,8 @@ async def test_what_could_not_be_committed_goes_to_whoever_has_the_partition_nex
     transport = FakeTransport()
     transport.commit_errors.extend(TransportUnavailable("away") for _ in range(2))
     fill(transport, 5)
-    engine, handled, metrics = make(transport, replace(FAST, retry_base_s=0.5, retry_max_s=0.5, commit_interval_s=3600))
+    slow = replace(FAST, retry_base_s=5.0, retry_max_s=5.0, commit_interval_s=3600)
+    engine, handled, metrics = make(transport, slow)
     async with running(engine):
         (part,) = await transport.assign(0)
         await eventually(lambda: metrics.total("foldbus_offset_commits_failed_total") == 1, what="the first try")

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -36,7 +37,10 @@ from tests.bus.transports import (
     values,
 )
 
-QUICK = PollSettings(session_timeout_s=1.0, heartbeat_s=0.1, rebalance_timeout_s=1.0, publish_deadline_s=10.0)
+PATIENT = PollSettings(session_timeout_s=30.0, heartbeat_s=0.1, rebalance_timeout_s=30.0, publish_deadline_s=30.0)
+"""Whoever stands still for some seconds, as a busy machine makes one, loses nothing by it."""
+MORTAL = replace(PATIENT, session_timeout_s=3.0)
+"""For a test that waits until a session has ended."""
 
 
 @pytest.fixture
@@ -46,7 +50,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def transport(path: Path) -> AsyncIterator[EmbeddedTransport]:
-    async with EmbeddedTransport.open(path, settings=QUICK) as transport:
+    async with EmbeddedTransport.open(path, settings=PATIENT) as transport:
         yield transport
 
 
@@ -138,7 +142,7 @@ async def test_partitions_survive_members_that_are_killed_again_and_again(
     """Four processes share a group, the eldest is killed and replaced three times while records come in. Every record
     is read by somebody, and no two processes ever had the same partition at the same epoch."""
     topic, group = await new_topic(transport, partitions=6), "group"
-    rig = Rig("embedded", str(path), QUICK)
+    rig = Rig("embedded", str(path), MORTAL)
     async with AsyncExitStack() as stack:
         children = [await stack.enter_async_context(Child.start(rig, group=group, topic=topic)) for _ in range(4)]
         living = list(children)
@@ -191,7 +195,18 @@ async def wakes_at_once(transport: EmbeddedTransport, other: EmbeddedTransport, 
             await put(other, topic, "x")
             assert len(await poll) == 1
             took.append(time.monotonic() - began)
-    assert sorted(took)[7] < 0.1, took
+    assert sorted(took)[7] < 2.0, took  # a poll that nobody wakes takes its ten seconds
+
+
+def slowness() -> float:
+    """How many times slower this machine is than the one on which a share of a core was chosen; at least 1."""
+
+    def spent_s() -> float:
+        began = time.process_time()
+        sum(n * n for n in range(200_000))
+        return time.process_time() - began
+
+    return max(1.0, min(spent_s() for _ in range(5)) / 0.015)
 
 
 async def test_twenty_waiting_consumers_cost_next_to_nothing(transport: EmbeddedTransport) -> None:
@@ -212,13 +227,14 @@ async def test_twenty_waiting_consumers_cost_next_to_nothing(transport: Embedded
         ]
         await eventually(lambda: sum(len(listener.held) for listener in listeners) == 240, what="all settled")
         loads: list[float] = []  # of the whole process, where what other tests left may have its turn, too
-        while len(loads) < 8 and min(loads, default=1.0) >= 0.04:
+        most = 0.04 * slowness()
+        while len(loads) < 8 and min(loads, default=1.0) >= most:
             spent, began = time.process_time(), time.monotonic()
             await asyncio.sleep(1)
             loads.append((time.process_time() - spent) / (time.monotonic() - began))
         stop = True
         await asyncio.gather(*pumps)
-    assert min(loads) < 0.04, f"{min(loads):.1%} of a core, in the quietest of {len(loads)} seconds"
+    assert min(loads) < most, f"{min(loads):.1%} of a core, in the quietest of {len(loads)} seconds"
 
 
 # --- durability and locks --------------------------------------------------------------------------------------------
@@ -273,7 +289,7 @@ async def test_publishes_under_way_at_once_share_a_transaction(
 
 
 async def test_a_file_locked_beyond_the_deadline_makes_the_outcome_unknown_then_works_again(path: Path) -> None:
-    settings = PollSettings(session_timeout_s=3, heartbeat_s=0.5, publish_deadline_s=0.3)
+    settings = PollSettings(session_timeout_s=30, heartbeat_s=0.5, publish_deadline_s=1.5)
     metrics = MemoryMetrics()
     async with EmbeddedTransport.open(path, settings=settings, metrics=metrics) as transport:
         topic = await new_topic(transport, partitions=1)
@@ -327,19 +343,24 @@ async def test_a_closed_transport_answers_unknown(path: Path) -> None:
 
 
 async def test_a_member_that_nobody_polls_is_taken_for_dead_and_joins_again_when_polled(
-    transport: EmbeddedTransport,
+    transport: EmbeddedTransport, path: Path
 ) -> None:
     topic = await new_topic(transport, partitions=2)
     listener = Recorder(name="idle")
-    async with transport.consume("group", [topic], listener=listener) as idle:
-        await idle.poll(max_records=1, timeout_s=0.05)
+    impatient = replace(MORTAL, rebalance_timeout_s=1.0)
+    async with (
+        EmbeddedTransport.open(path, settings=impatient) as its,
+        its.consume("group", [topic], listener=listener) as idle,
+    ):
+        async with asyncio.timeout(30):
+            while len(listener.held) < 2:
+                await idle.poll(max_records=1, timeout_s=0.05)
         old = set(listener.held)
-        assert len(old) == 2
         async with member(transport, "group", topic) as a:
-            await eventually(lambda: len(a.listener.held) == 2, what="the idle one's partitions", within_s=10)
+            await eventually(lambda: len(a.listener.held) == 2, what="the idle one's partitions")
             with pytest.raises(Fenced):
                 await idle.commit(dict.fromkeys(old, 0))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(40):
                 while len(listener.held) != 1 or listener.held & old:
                     await idle.poll(max_records=1, timeout_s=0.05)
             assert set(listener.lost_parts) == old
@@ -347,12 +368,12 @@ async def test_a_member_that_nobody_polls_is_taken_for_dead_and_joins_again_when
 
 async def test_a_lease_that_ran_out_fences_also_when_nobody_took_over(transport: EmbeddedTransport, path: Path) -> None:
     topic = await new_topic(transport, partitions=1)
-    async with member(transport, "group", topic) as a:
+    async with EmbeddedTransport.open(path, settings=MORTAL) as its, member(its, "group", topic) as a:
         await eventually(lambda: len(a.listener.held) == 1, what="the partition")
         old = a.part(0)
         writer = await locked(path)  # no heartbeat gets through meanwhile
         committing = asyncio.create_task(a.consumer.commit({old: 0}))
-        await asyncio.sleep(QUICK.session_timeout_s * 1.2)
+        await asyncio.sleep(MORTAL.session_timeout_s * 1.2)
         writer.execute("ROLLBACK")
         writer.close()
         with pytest.raises(Fenced):
@@ -378,8 +399,12 @@ async def test_a_member_that_does_not_let_go_in_time_loses_what_it_was_asked_for
         except Fenced as error:
             fenced.append(error)
 
-    async with EmbeddedTransport.open(path, settings=QUICK, metrics=metrics) as other:
-        async with member(transport, "group", topic, Recorder(drain=drain)) as a:
+    impatient = replace(PATIENT, rebalance_timeout_s=1.0)
+    async with (
+        EmbeddedTransport.open(path, settings=impatient) as its,
+        EmbeddedTransport.open(path, settings=impatient, metrics=metrics) as other,
+    ):
+        async with member(its, "group", topic, Recorder(drain=drain)) as a:
             await eventually(lambda: len(a.listener.held) == 2, what="all partitions")
             async with member(other, "group", topic) as b:
                 await eventually(lambda: len(b.listener.held) == 1, what="the other has its share all the same")
@@ -392,14 +417,15 @@ async def test_a_member_that_does_not_let_go_in_time_loses_what_it_was_asked_for
 
 async def test_a_partition_taken_away_and_not_yet_taken_over_is_fenced_too(path: Path) -> None:
     """By hand, on the connection: the first member is alive and beats, but did not let go; nobody has it yet."""
-    async with EmbeddedTransport.open(path, settings=QUICK) as transport:
+    settings = PollSettings(session_timeout_s=1.0, heartbeat_s=0.1, rebalance_timeout_s=1.0)
+    async with EmbeddedTransport.open(path) as transport:
         topic = await new_topic(transport, partitions=2)
     conn = connect(path)
     known = log.find_topic(conn, topic)
     assert known is not None
-    a = groups.join(conn, "group", [known.id], now=100.0, settings=QUICK)
+    a = groups.join(conn, "group", [known.id], now=100.0, settings=settings)
     taken = {one.lane: one.epoch for one in groups.take(conn, a, known.lanes)}
-    b = groups.join(conn, "group", [known.id], now=100.1, settings=QUICK)
+    b = groups.join(conn, "group", [known.id], now=100.1, settings=settings)
     meant = [share.lane for share in groups.shares(conn, b) or () if share.meant]
     assert len(meant) == 1
     assert groups.take(conn, b, meant) == [], "not before the owner let go"
@@ -450,8 +476,8 @@ async def test_resume_wakes_a_poll_that_is_waiting(transport: EmbeddedTransport)
         assert list(await consumer.poll(max_records=10, timeout_s=0.2)) == []
         began = time.monotonic()
         asyncio.get_running_loop().call_later(0.2, consumer.resume, set(listener.held))
-        assert values(await consumer.poll(max_records=10, timeout_s=10)) == ["x"]
-        assert time.monotonic() - began < 2.0
+        assert values(await consumer.poll(max_records=10, timeout_s=50)) == ["x"]
+        assert time.monotonic() - began < 25.0
 
 
 async def test_only_what_must_move_moves_when_a_member_comes(transport: EmbeddedTransport, path: Path) -> None:
@@ -560,7 +586,7 @@ async def test_a_position_beyond_the_end_is_out_of_range(transport: EmbeddedTran
 async def test_retention_drops_what_is_older_and_keeps_the_rest_for_ever(path: Path) -> None:
     clock, metrics = ShiftedClock(), MemoryMetrics()
     async with EmbeddedTransport.open(
-        path, settings=QUICK, clock=clock, metrics=metrics, trim_every_s=0.0
+        path, settings=PATIENT, clock=clock, metrics=metrics, trim_every_s=0.0
     ) as transport:
         await transport.admin.create(
             [TopicSpec("limited", partitions=1, retention_s=3600.0), TopicSpec("kept", partitions=1)]
@@ -584,7 +610,7 @@ async def test_retention_drops_what_is_older_and_keeps_the_rest_for_ever(path: P
 
 async def test_compaction_keeps_the_latest_of_each_key_and_the_offsets(path: Path) -> None:
     metrics = MemoryMetrics()
-    async with EmbeddedTransport.open(path, settings=QUICK, metrics=metrics, trim_every_s=0.0) as transport:
+    async with EmbeddedTransport.open(path, settings=PATIENT, metrics=metrics, trim_every_s=0.0) as transport:
         await transport.admin.create([TopicSpec("compacted", partitions=1, compact=True)])
         async with transport.tail("compacted", start="begin") as behind:
             await transport.publish(
@@ -603,7 +629,7 @@ async def test_compaction_keeps_the_latest_of_each_key_and_the_offsets(path: Pat
 async def test_trimming_goes_in_bounded_steps(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "TRIMMED_AT_ONCE", 10)
     conn = connect(path)
-    async with EmbeddedTransport.open(path, settings=QUICK, trim_every_s=1e9) as transport:
+    async with EmbeddedTransport.open(path, settings=PATIENT, trim_every_s=1e9) as transport:
         await transport.admin.create([TopicSpec("limited", partitions=1, retention_s=1.0)])
         await put(transport, "limited", *map(str, range(25)))
     later = int(time.time() * 1_000_000) + 5_000_000

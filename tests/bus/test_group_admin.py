@@ -81,13 +81,13 @@ async def test_a_place_in_a_topic_or_partition_that_is_not_there_is_refused(tran
     assert await transport.admin.committed(group, [topic]) == {}
 
 
-async def test_a_killed_member_counts_until_its_session_ends(rig: Rig, transport: Transport) -> None:
+async def test_a_killed_member_counts_until_its_session_ends(mortal: Rig, transport: Transport) -> None:
     topic, group = await new_topic(transport, partitions=1), unique("group")
-    async with Child.start(rig, group=group, topic=topic) as child:
+    async with Child.start(mortal, group=group, topic=topic) as child:
         await eventually(lambda: child.partitions() == {0}, what="the child has the partition")
         child.process.kill()
         await child.process.wait()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(40):
             while True:
                 try:
                     await transport.admin.place(group, {(topic, 0): 0})

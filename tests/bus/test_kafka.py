@@ -9,6 +9,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
@@ -37,18 +38,21 @@ from bus.transport import Ack, Assignment, Failed, Outgoing, PollSettings, Publi
 from tests.bus.transports import Recorder, eventually, new_topic, put, take, unique, values
 from tests.servers import Kafka
 
-QUICK = PollSettings(
-    session_timeout_s=3.0,
+PATIENT = PollSettings(
+    session_timeout_s=30.0,
     heartbeat_s=0.2,
-    rebalance_timeout_s=5.0,
-    request_timeout_s=5.0,
-    publish_deadline_s=2.0,
+    rebalance_timeout_s=30.0,
+    request_timeout_s=20.0,
+    publish_deadline_s=20.0,
 )
+"""Whoever stands still for some seconds, as a busy machine makes one, loses nothing by it."""
+IMPATIENT = replace(PATIENT, publish_deadline_s=2.0)
+"""For a test that waits until a record is given up. What is to arrive is published by `publish_all`."""
 
 
 @asynccontextmanager
 async def opened(
-    bootstrap: str, settings: PollSettings = QUICK, metrics: MemoryMetrics | None = None
+    bootstrap: str, settings: PollSettings = PATIENT, metrics: MemoryMetrics | None = None
 ) -> AsyncIterator[KafkaTransport]:
     async with KafkaTransport.open(
         bootstrap, settings=settings, client_id=unique("test"), metrics=metrics or MemoryMetrics()
@@ -148,9 +152,9 @@ async def test_settings_that_nobody_reads_are_refused() -> None:
 
 
 async def test_opening_without_a_broker_fails_in_time() -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(50):
         with pytest.raises(TransportUnavailable):
-            async with opened("127.0.0.1:1"):
+            async with opened("127.0.0.1:1", replace(PATIENT, request_timeout_s=5.0)):
                 pass
 
 
@@ -212,9 +216,9 @@ async def test_a_producer_out_of_sequence_is_unknown_and_replaced(kafka: str, mo
 async def test_without_an_answer_in_time_records_are_unknown_and_later_ones_arrive(fresh_kafka: Kafka) -> None:
     """T5, and the deadline that an idempotent aiokafka producer does not have: the broker is frozen, not gone."""
     metrics = MemoryMetrics()
-    async with opened(fresh_kafka.bootstrap, metrics=metrics) as transport:
+    async with opened(fresh_kafka.bootstrap, IMPATIENT, metrics) as transport:
         topic = await new_topic(transport)
-        await put(transport, topic, "1")
+        await publish_all(transport, to(topic, "1"))
         await asyncio.to_thread(fresh_kafka.pause)
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -223,17 +227,18 @@ async def test_without_an_answer_in_time_records_are_unknown_and_later_ones_arri
         await asyncio.to_thread(fresh_kafka.resume)
         assert kinds(answers) == ["Unknown"] * 3
         assert all(isinstance(a, Unknown) and isinstance(a.error, TransportUnavailable) for a in answers)
-        assert QUICK.publish_deadline_s <= took < QUICK.request_timeout_s  # by our deadline, not by the request's
+        assert IMPATIENT.publish_deadline_s <= took < IMPATIENT.request_timeout_s  # by our deadline, not the request's
         answers = await publish_all(transport, to(topic, "2", "3", "5"))
         found = await read_all(transport, topic)
         assert [text for place, text in enumerate(found) if text not in found[:place]] == ["1", "2", "3", "5"]
     assert metrics.total("foldbus_publish_unknown_total", topic=topic) >= 3
 
 
+@pytest.mark.timeout(150)
 async def test_leaving_is_bounded_while_the_broker_is_down(fresh_kafka: Kafka) -> None:
     """T4: aiokafka's `stop()` waits for ever for a record that is not acknowledged."""
-    settings = PollSettings(request_timeout_s=5.0, publish_deadline_s=60.0)
-    async with asyncio.timeout(40):
+    settings = PollSettings(request_timeout_s=5.0, publish_deadline_s=3600.0)
+    async with asyncio.timeout(120):
         async with opened(fresh_kafka.bootstrap, settings) as transport:
             topic = await new_topic(transport)
             await put(transport, topic, "1")
@@ -241,7 +246,7 @@ async def test_leaving_is_bounded_while_the_broker_is_down(fresh_kafka: Kafka) -
             publishing = asyncio.create_task(transport.publish(to(topic, "2")))
             await eventually(lambda: bool(transport._publisher._sending), what="sending")
             leaving = asyncio.get_running_loop().time()
-        assert asyncio.get_running_loop().time() - leaving < 25
+        assert asyncio.get_running_loop().time() - leaving < 60
         assert kinds(await publishing) == ["Unknown"]
 
 
@@ -412,7 +417,9 @@ async def test_an_engine_that_does_not_poll_does_not_hold_up_the_group_and_hears
                         await consumer.poll(max_records=10, timeout_s=0.1)
                 with pytest.raises(Fenced):
                     await sleeper.commit(dict.fromkeys(old, 1))
-                await sleeper.poll(max_records=10, timeout_s=0.1)
+                async with asyncio.timeout(20):
+                    while not idle.lost_parts:
+                        await sleeper.poll(max_records=10, timeout_s=0.1)
                 assert set(idle.lost_parts) == old
 
 
@@ -521,7 +528,7 @@ async def test_a_damaged_partition_is_named_and_stands_and_the_others_go_on(
 
 async def test_a_commit_without_an_answer_is_bounded(fresh_kafka: Kafka) -> None:
     """T12: aiokafka repeats a commit without a limit."""
-    settings = PollSettings(session_timeout_s=6, heartbeat_s=0.5, request_timeout_s=2.0)
+    settings = PollSettings(session_timeout_s=20, heartbeat_s=0.5, request_timeout_s=5.0)
     async with opened(fresh_kafka.bootstrap, settings) as transport:
         topic = await new_topic(transport, partitions=1)
         async with transport.consume(unique("group"), [topic], listener=(listener := Recorder())) as consumer:
@@ -529,7 +536,7 @@ async def test_a_commit_without_an_answer_is_bounded(fresh_kafka: Kafka) -> None
                 await consumer.poll(max_records=10, timeout_s=0.1)
             await asyncio.to_thread(fresh_kafka.pause)
             try:
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(30):
                     with pytest.raises(TransportUnavailable, match="committing offsets"):
                         await consumer.commit(dict.fromkeys(listener.held, 1))
             finally:

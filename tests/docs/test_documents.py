@@ -9,13 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.docs.blocks import ROOT, write_files
+
+pytestmark = pytest.mark.timeout(300)  # whole programs
 
 
 def run(*args: str | Path, cwd: Path) -> str:
     """Runs Python there; answers what it printed. Fails with its standard error."""
     ran = subprocess.run(
-        [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=50, env=environment(cwd)
+        [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=200, env=environment(cwd)
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
@@ -51,13 +55,20 @@ async def test_the_tutorials_service_runs_on_what_the_demo_left(tmp_path: Path) 
     )
     said, _ = await demo.communicate()
     assert demo.returncode == 0, said.decode()[-3000:]
-    worker = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "foldbus", "run", "reviews:app", "--quiet"),
-        *("--store", "sqlite:demo", "--bus", "embedded:demo"),
-        cwd=tmp_path,
-        env=environment(tmp_path),
-    )
+    log = tmp_path / "worker.log"
+    with log.open("wb") as said_there:
+        worker = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "foldbus", "run", "reviews:app"),
+            *("--store", "sqlite:demo", "--bus", "embedded:demo"),
+            cwd=tmp_path,
+            env=environment(tmp_path),
+            stderr=said_there,
+        )
     try:
+        async with asyncio.timeout(120):  # the page's program waits for an answer, not for a worker to start
+            while b"ready:" not in log.read_bytes():
+                assert worker.returncode is None, log.read_text()
+                await asyncio.sleep(0.05)
         printed = await asyncio.to_thread(run, files["ask.py"], "demo", cwd=tmp_path)
         assert printed.startswith("customer_id='00042'"), printed
         assert " asked=" in printed

@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.docs.blocks import ROOT, write_files
 from tests.docs.test_documents import environment, run
+
+pytestmark = pytest.mark.timeout(300)  # whole programs
 
 PAGE = "docs/evolution.md"
 
@@ -28,7 +32,7 @@ def test_the_check_says_what_the_page_says(tmp_path: Path) -> None:
     files["orders.py"].write_text(source.replace("    currency: str\n", "    currency: str\n    note: str\n", 1))
     checked = subprocess.run(
         [sys.executable, "-m", "foldbus", "schema", "check", "orders:app"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=50, env=environment(tmp_path),
+        cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment(tmp_path),
     )  # fmt: skip
     (shown,) = re.findall(r"```text\n(.*?)```", (ROOT / PAGE).read_text(), re.DOTALL)
     assert (checked.returncode, checked.stdout) == (1, shown)
@@ -43,7 +47,7 @@ def test_from_the_page_s_first_program_to_its_second_nothing_stored_or_sent_brea
     files["orders.py"].write_text(today)
     checked = subprocess.run(
         [sys.executable, "-m", "foldbus", "schema", "check", "orders:app"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=50, env=environment(tmp_path),
+        cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment(tmp_path),
     )  # fmt: skip
     breaking = re.findall(r"^breaking: (\S+):", checked.stdout, re.MULTILINE)
     assert breaking == ["orders.close-order.v1", "orders.look-at-order.v1"]

@@ -20,6 +20,8 @@ from tests.docs.blocks import write_files
 from tests.stories.conftest import pair
 from tests.stories.pairs import Pair, eventually, unique
 
+pytestmark = pytest.mark.timeout(300)  # whole programs
+
 _ = pair
 
 

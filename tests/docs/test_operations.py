@@ -20,6 +20,8 @@ from shop import orders
 from tests.docs.blocks import ROOT, write_files
 from tests.stories.pairs import eventually
 
+pytestmark = pytest.mark.timeout(300)  # whole programs
+
 PAGE = (ROOT / "docs" / "operations.md").read_text()
 _BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -46,7 +48,7 @@ def shell(script: str, cwd: Path, database: str) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout + ran.stderr
@@ -63,7 +65,7 @@ async def read_to_the_end(database: str, bus: str) -> None:
         await eventually(left, lambda found: found == 0)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_the_commands_do_what_the_page_says(tmp_path: Path, database: str) -> None:
     shell("foldbus demo --limit 30 --directory .foldbus", tmp_path, database)
     with closing(sqlite3.connect(tmp_path / ".foldbus" / "orders.db")) as store:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.docs.blocks import ROOT, write_files
 from tests.docs.test_documents import run
+
+pytestmark = pytest.mark.timeout(300)  # whole programs
 
 
 def test_the_page_on_reading_reads_what_it_says(tmp_path: Path) -> None:

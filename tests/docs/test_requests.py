@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from foldbus import WorkerSettings, command_status
 from foldbus.querying import AT_ONCE, RETENTION_S
 from tests.docs.blocks import ROOT, write_files
 from tests.docs.test_documents import run
+
+pytestmark = pytest.mark.timeout(300)  # whole programs
 
 
 def test_the_page_on_requests_does_what_it_says(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from tests.docs.blocks import ROOT, write_files
 from tests.servers.missing import MissingServer
 from tests.servers.secure import PASSWORD, SecureKafka, start_secure_kafka
 
+pytestmark = pytest.mark.timeout(300)  # whole programs
+
 PAGE = (ROOT / "docs" / "security.md").read_text()
 
 
@@ -47,7 +49,7 @@ def test_its_command_makes_topics_over_tls_and_a_login(secure: SecureKafka, tmp_
     }  # fmt: skip
     ran = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=environment(**given), capture_output=True,
-        text=True, timeout=50,
+        text=True, timeout=200,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert "orders.commands" in ran.stdout
@@ -59,12 +61,12 @@ def test_its_code_connects_and_is_refused_as_it_says(secure: SecureKafka, tmp_pa
     # The topics are there since the command before, or are made here: a service without parts needs few.
     made = subprocess.run(
         [sys.executable, "-m", "foldbus", "topics", "apply", "shop.orders:app"], cwd=tmp_path, capture_output=True,
-        text=True, timeout=50, env=environment(FOLDBUS_BUS=f"kafka://{secure.bootstrap['plain']}"),
+        text=True, timeout=200, env=environment(FOLDBUS_BUS=f"kafka://{secure.bootstrap['plain']}"),
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     ran = subprocess.run(
         [sys.executable, str(file), secure.bootstrap["login"], str(secure.trusted), quote(PASSWORD, safe="")],
-        cwd=tmp_path, capture_output=True, text=True, timeout=50, env=environment(),
+        cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment(),
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     connected, refused, plaintext = ran.stdout.splitlines()

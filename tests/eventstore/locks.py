@@ -22,7 +22,7 @@ async def connected(dsn: str) -> AsyncIterator[Any]:
 async def blocked(dsn: str, count: int = 1) -> list[int]:
     """Waits until `count` backends of this database wait for a lock; answers their pids."""
     query = "select pid from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
-    async with connected(dsn) as db, asyncio.timeout(10):
+    async with connected(dsn) as db, asyncio.timeout(30):
         while len(found := [row[0] for row in await db.fetch(query)]) < count:  # noqa: ASYNC110 - the server tells nobody
             await asyncio.sleep(0.01)
         return found
@@ -30,7 +30,7 @@ async def blocked(dsn: str, count: int = 1) -> list[int]:
 
 async def nobody_blocked(dsn: str) -> None:
     """Waits until a cancelled statement has ended on the server too."""
-    async with connected(dsn) as db, asyncio.timeout(10):
+    async with connected(dsn) as db, asyncio.timeout(30):
         query = "select 1 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
         while await db.fetchval(query):  # noqa: ASYNC110 - the server tells nobody
             await asyncio.sleep(0.01)

@@ -78,7 +78,7 @@ class Subject:
             await blocked(self.backend.where, self.flushers)
         else:
             before = self.metrics.total("foldbus_store_busy_retries_total")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while self.metrics.total("foldbus_store_busy_retries_total") <= before:  # noqa: ASYNC110 - polled
                     await asyncio.sleep(0.001)
 
@@ -296,7 +296,7 @@ async def test_a_bad_value_in_a_flush_makes_nobody_wait_for_a_lock_that_only_ano
             no_bytes = event("bad", data=["no bytes"])  # type: ignore[arg-type]
             bad = asyncio.create_task(store.commit([Unit(appends=(append("bad", 0, no_bytes),))]))
             free = asyncio.create_task(commit(store, Unit(appends=(append("free", 0),))))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 assert await free == ["ok"]
                 with pytest.raises(BadUnit):
                     await bad

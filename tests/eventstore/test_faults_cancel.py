@@ -109,7 +109,7 @@ UNITS: dict[str, Callable[[str], list[Unit]]] = {
 }
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("what", list(UNITS))
 async def test_a_commit_cancelled_at_any_of_its_waits_is_whole_or_absent_and_leaves_nothing_behind(
     backend: Backend, what: str
@@ -141,7 +141,7 @@ async def test_a_commit_cancelled_at_any_of_its_waits_is_whole_or_absent_and_lea
         assert place > 1, "it never waited: nothing was cancelled"
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 async def test_a_transaction_cancelled_at_any_of_its_waits_is_whole_or_absent(backend: Backend) -> None:
     """The user's row and the unit share their fate, and the row tells which it was."""
     options: dict[str, Any] = {"pool_size": 2} if backend.name == "postgres" else {}
@@ -168,7 +168,7 @@ async def test_a_transaction_cancelled_at_any_of_its_waits_is_whole_or_absent(ba
         assert place > 3
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 async def test_a_read_cancelled_at_any_of_its_waits_leaves_the_next_reader_alone(backend: Backend) -> None:
     options: dict[str, Any] = {"pool_size": 2} if backend.name == "postgres" else {}
     async with backend.open(**options) as store:

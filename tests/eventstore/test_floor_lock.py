@@ -278,7 +278,7 @@ async def test_a_killed_appender_holds_up_nobody(store: PostgresStore, database:
         await put(store, "a")
         assert await store.head() == 0
         await db.execute("select pg_terminate_backend($1)", victim.get_server_pid())
-        await asyncio.wait_for(_head_is(store, 2), 10)
+        await asyncio.wait_for(_head_is(store, 2), 30)
     assert names((await store.read_all(after=0, limit=10)).records) == ["a:1"]
 
 
@@ -323,17 +323,17 @@ async def test_a_waiting_reader_is_not_woken_into_a_busy_loop_by_an_open_appende
         waiting = asyncio.create_task(store.wait_past(0, timeout_s=30))
         done, _ = await asyncio.wait([waiting], timeout=0.3)
         assert not done, "nothing can be read yet"
-    await asyncio.wait_for(waiting, 5)
+    await asyncio.wait_for(waiting, 30)
     assert len((await store.read_all(after=0, limit=10)).records) == 2
 
 
 async def test_another_process_is_woken_by_a_notification(store: PostgresStore, database: str) -> None:
     """The poll is taken away, so only the notification can wake it."""
     async with PostgresStore.open(database, service=SERVICE) as other:
-        await asyncio.wait_for(_listening(database, 2), 10)
+        await asyncio.wait_for(_listening(database, 2), 30)
         woken = other._wakeups.woken()
         await put(store, "a")
-        await asyncio.wait_for(woken.wait(), 5)
+        await asyncio.wait_for(woken.wait(), 30)
         assert await other.head() == 1
 
 

@@ -83,7 +83,7 @@ class Stuck(Counting):
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
@@ -253,10 +253,9 @@ async def main(name, where):
         from eventstore.postgres import PostgresStore
         opening = PostgresStore.open(where, service="shop")
     async with opening as store:
-        for line in sys.stdin:
+        while line := await asyncio.to_thread(sys.stdin.readline):  # the notification is sent aside
             await one(store, Unit(appends=(append("a", int(line), 1),)))
             print("appended", flush=True)
-            await asyncio.sleep(0.05)  # the notification is sent aside
 
 asyncio.run(main(*sys.argv[1:]))
 """

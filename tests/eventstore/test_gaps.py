@@ -102,10 +102,10 @@ async def test_an_appender_that_forgot_its_transaction_is_ended_by_the_server_an
 
     async def forget() -> None:
         async with store.transaction() as tx:
-            await tx.sql.exec_driver_sql("set idle_in_transaction_session_timeout = '300ms'")
             await put(store, "a", tx=tx)
             await put(store, "b")
             assert await store.head() == 0
+            await tx.sql.exec_driver_sql("set idle_in_transaction_session_timeout = '300ms'")
             async with asyncio.timeout(20):
                 while await store.head() < 2:  # noqa: ASYNC110 - a backend's end tells nobody
                     await asyncio.sleep(0.02)
@@ -172,7 +172,7 @@ async def test_a_database_that_turned_read_only_is_unavailable_for_writers_and_r
         assert await commit(opened, unit) == ["ok"]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 async def test_a_crash_that_takes_back_positions_which_nobody_committed_costs_no_event() -> None:
     """A sequence is as durable as the last commit: positions that a rolled back transaction drew, and that a reader has
     seen to be gone, may be drawn once more after a crash. A watermark remembered from before would let a reader pass
@@ -187,7 +187,7 @@ async def test_a_crash_that_takes_back_positions_which_nobody_committed_costs_no
 async def _crash(server: Any) -> None:
     dsn = server.dsn
     await PostgresStore.migrate(dsn, service=SERVICE)
-    async with PostgresStore.open(dsn, service=SERVICE, timeout_s=5) as store:
+    async with PostgresStore.open(dsn, service=SERVICE, timeout_s=20) as store:
         await put(store, "a")
         async with connected(dsn) as db:  # what no commit flushes, it would, a moment later
             sql = "select pid from pg_stat_activity where backend_type in ('walwriter', 'checkpointer')"

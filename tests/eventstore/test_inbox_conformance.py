@@ -167,7 +167,7 @@ async def test_what_a_commit_holds_meanwhile_is_passed_over_and_nobody_waits(sto
         await db.execute(
             f"select 1 from {store.schema}.claims where consumer = $1 and message_id = $2 for update", CONSUMER, held
         )
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             assert await aged.forget() == 1
     assert (await aged.state(held), await aged.state(free)) == (ClaimState.DONE, ClaimState.NEW)
 

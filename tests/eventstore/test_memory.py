@@ -17,7 +17,7 @@ GROWTH_MIB = 30
 """Caches of the drivers and of the database's pages fill up until then; 40,000 events held at once are 60 MiB."""
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 async def test_reading_a_log_and_rebuilding_an_aggregate_needs_no_more_memory_for_more_events(
     unmigrated: Backend, tmp_path: Path
 ) -> None:

@@ -56,7 +56,7 @@ class Pair:
         if self.backend.name == "postgres":
             await blocked(self.backend.where)
         else:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while self.metrics.total(retries) == before:  # noqa: ASYNC110 - nobody tells
                     await asyncio.sleep(0.001)
         assert not task.done()

@@ -206,7 +206,7 @@ async def test_a_page_of_nothing_is_not_a_page(store: Store) -> None:
 
 async def test_waiting_ends_at_once_when_the_log_is_already_past(store: Store) -> None:
     outcome = await one(store, Unit(appends=(append("a", 0),)))
-    await asyncio.wait_for(store.wait_past(outcome.position - 1, timeout_s=60), 5)
+    await asyncio.wait_for(store.wait_past(outcome.position - 1, timeout_s=60), 30)
 
 
 @pytest.mark.parametrize("who", ["the same store", "another store"])
@@ -218,13 +218,13 @@ async def test_waiting_is_ended_by_a_commit(store: Store, twin: Store, who: str,
     assert not any(task.done() for task in waiting)
     unit = Unit(appends=(append("a", 0),)) if what == "event" else Unit(outgoing=(message(),))
     await (store if who == "the same store" else twin).commit([unit])
-    await asyncio.wait_for(asyncio.gather(*waiting), 5)
+    await asyncio.wait_for(asyncio.gather(*waiting), 30)
     assert (await store.read_all(after=head, limit=10, outgoing=True)).records
 
 
 async def test_waiting_ends_after_its_time(store: Store) -> None:
     before = time.monotonic()
-    await asyncio.wait_for(store.wait_past(await store.head(), timeout_s=0.15), 5)
+    await asyncio.wait_for(store.wait_past(await store.head(), timeout_s=0.15), 30)
     assert time.monotonic() - before >= 0.14
 
 

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import sqlite3
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -126,7 +127,7 @@ async def test_a_commit_of_another_process_wakes_those_who_wait(path: Path, stor
     waiting = asyncio.create_task(store.wait_past(0, timeout_s=60))
     code, said = await run_python(COMMIT_ONE, path)
     assert code == 0, said
-    await asyncio.wait_for(waiting, 2)
+    await asyncio.wait_for(waiting, 30)
     assert await store.head() == 1
 
 
@@ -137,20 +138,21 @@ async def test_a_commit_of_this_process_wakes_without_any_poll(
     waiting = asyncio.create_task(store.wait_past(0, timeout_s=3600))
     await asyncio.sleep(0.01)
     await commit(store, unit("a"))
-    await asyncio.wait_for(waiting, 5)
+    await asyncio.wait_for(waiting, 30)
 
 
 async def test_waking_across_stores_takes_milliseconds(path: Path, store: SqliteStore) -> None:
     async with SqliteStore.open(path, service=SERVICE) as other:
-        slowest = 0.0
+        took: list[float] = []
         for n in range(10):
             waiting = asyncio.create_task(store.wait_past(n, timeout_s=60))
             await asyncio.sleep(0.03)
             before = time.monotonic()
             await one(other, Unit(appends=(append("a", n),)))
             await waiting
-            slowest = max(slowest, time.monotonic() - before)
-    assert slowest < 1  # 20 ms of polling, and a busy machine
+            took.append(time.monotonic() - before)
+    assert sorted(took)[5] < 1  # 20 ms of polling, and a busy machine
+    assert max(took) < 30  # and one that stands still
 
 
 HOLD = """
@@ -179,7 +181,7 @@ async def test_a_file_locked_by_another_process_is_waited_for_and_the_retries_ar
         assert not any(task.done() for task in writing)
         assert (await store.read_all(after=0, limit=10)).records == []  # readers are not held up
         process.stdin.write(b"\n")
-        assert verdicts(await asyncio.wait_for(asyncio.gather(*writing), 10)) == ["ok"] * 3
+        assert verdicts(await asyncio.wait_for(asyncio.gather(*writing), 30)) == ["ok"] * 3
     await process.wait()
 
 
@@ -239,12 +241,12 @@ async def test_a_caller_whose_values_the_database_refuses_fails_alone(path: Path
 
 async def test_a_call_given_up_while_it_waits_is_not_written(path: Path) -> None:
     async with SqliteStore.open(path, service=SERVICE) as store:
-        started = asyncio.Event()
+        started, go_on = asyncio.Event(), threading.Event()
         loop = asyncio.get_running_loop()
 
         def slow(connection: sqlite3.Connection) -> None:
             loop.call_soon_threadsafe(started.set)
-            time.sleep(0.2)
+            assert go_on.wait(30)
 
         first = asyncio.create_task(store.database.write(slow))
         await started.wait()
@@ -252,6 +254,7 @@ async def test_a_call_given_up_while_it_waits_is_not_written(path: Path) -> None
         third = asyncio.create_task(store.commit([unit("kept")]))
         await asyncio.sleep(0.01)
         second.cancel()
+        go_on.set()
         await asyncio.gather(first, third)
         assert second.cancelled() or (await asyncio.gather(second, return_exceptions=True))
         assert await version(store, "given-up") == 0
@@ -305,7 +308,7 @@ async def test_a_cancelled_reader_gives_its_connection_back(store: SqliteStore) 
         await asyncio.sleep(0.001)
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
-    assert await asyncio.wait_for(store.head(), 5) == 0
+    assert await asyncio.wait_for(store.head(), 30) == 0
 
 
 async def test_a_closed_store_says_so(path: Path) -> None:
@@ -515,7 +518,7 @@ async def test_the_clock_given_decides_what_is_due_and_who_leads(path: Path) -> 
             assert not zombie.lost
             hands.moved += 11
             assert zombie.lost
-            async with asyncio.timeout(10), other.leases.lead("relay", ttl_s=10) as leader:
+            async with asyncio.timeout(30), other.leases.lead("relay", ttl_s=10) as leader:
                 assert leader.lease.position == 1
                 with pytest.raises(Fenced):
                     await store.leases.mark(zombie.lease, old=1, new=2)
@@ -552,7 +555,7 @@ async def test_a_transaction_that_waits_for_another_of_its_process_too_long_says
 async def test_a_statement_that_is_cancelled_gives_the_files_lock_back_at_once(path: Path) -> None:
     """Though a traceback still refers to the statement, and nothing collects it."""
     long = "with recursive n(x) as (select 1 union all select x + 1 from n where x < 30000000) select count(*) from n"
-    other = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
+    other = sqlite3.connect(path, timeout=20, isolation_level=None, check_same_thread=False)
     async with SqliteStore.open(path, service=SERVICE) as store:
         at_work = asyncio.Event()
 
@@ -566,7 +569,7 @@ async def test_a_statement_that_is_cancelled_gives_the_files_lock_back_at_once(p
         gc.disable()
         try:
             task = asyncio.create_task(work())
-            await asyncio.wait_for(at_work.wait(), 10)
+            await asyncio.wait_for(at_work.wait(), 30)
             task.cancel()
             with pytest.raises(asyncio.CancelledError) as kept:
                 await task

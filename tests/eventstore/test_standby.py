@@ -86,7 +86,7 @@ def servers() -> Iterator[tuple[str, str]]:
         yield dsns
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 async def test_a_reader_on_a_standby_would_lose_what_is_on_its_way_so_it_is_refused(servers: tuple[str, str]) -> None:
     """First the proof that the refusal is needed: on the standby, the watermark passes an open appender."""
     main, dsn = servers

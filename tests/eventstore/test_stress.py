@@ -30,7 +30,7 @@ async def account_of(store: str, directory: Path, seconds: float) -> dict[str, A
         await asyncio.to_thread(manager.__exit__, None, None, None)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(480)
 async def test_on_postgresql_what_is_committed_is_delivered_once_in_order_through_kills_and_a_restart(
     tmp_path: Path,
 ) -> None:
@@ -43,7 +43,7 @@ async def test_on_postgresql_what_is_committed_is_delivered_once_in_order_throug
     assert account["naive_missed"] > 0
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 async def test_on_sqlite_what_is_committed_is_delivered_once_in_order_through_kills_and_the_account_bites(
     tmp_path: Path,
 ) -> None:

@@ -116,7 +116,7 @@ class Desk:
         running = threading.Thread(target=thread)
         running.start()
         try:
-            begun.result(timeout=30)
+            begun.result(timeout=45)
             yield
         finally:
             for end in ending:
@@ -156,7 +156,7 @@ async def settled(connection: Connection) -> None:
     await until(done)  # what the relay put into a topic between the two looks above is handled as well
 
 
-async def until(there: Callable[[], Awaitable[bool]], *, within_s: float = 20) -> None:
+async def until(there: Callable[[], Awaitable[bool]], *, within_s: float = 45) -> None:
     async with asyncio.timeout(within_s):
         while True:
             if await there():

@@ -5,16 +5,17 @@ doubles and inversions show."""
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from typing import Any
 
 from pydantic import BaseModel
 from sqlalchemy import BigInteger, Column, Integer, MetaData, String, Table, insert, select
 
 from bus.metrics import MemoryMetrics
-from bus.seams import Uuid7Ids
+from bus.seams import SystemClock, Uuid7Ids
 from eventstore.parking import ParkedKey
 from eventstore.port import DeadLetter, LetterWhere, Store, Unit
-from foldbus import Command, Connection, Context, Decider, Event, Key, SagaRun, Service, saga
+from foldbus import Command, Connection, Context, Decider, Event, Handler, Key, SagaRun, Service, saga
 from foldbus.parking import ParkSettings
 from tests.eventstore.stores import whole_log
 from tests.stories.pairs import QUICK, Pair, eventually, unique
@@ -33,6 +34,18 @@ PATIENT = replace(QUICK, parking=ParkSettings(base_s=0.05, max_s=0.2, total_s=36
 """Parks whatever fails for as long as the test lasts."""
 BRIEF = replace(QUICK, parking=ParkSettings(base_s=0.02, max_s=0.1, total_s=3.0, lease_s=2.0))
 """What was parked has had its time soon."""
+LIMITED = replace(QUICK, parking=ParkSettings(base_s=0.02, max_s=0.1, total_s=30.0, lease_s=2.0))
+"""What was parked has had its time when a test says so: its clock goes ahead by `total_s`."""
+
+
+class AheadClock(SystemClock):
+    """The system's, so many seconds ahead."""
+
+    ahead_s = 0.0
+
+    def now(self) -> datetime:
+        return super().now() + timedelta(seconds=self.ahead_s)
+
 
 Fails = Callable[[str, int], bool]
 
@@ -65,8 +78,9 @@ class World:
         return f"{self.service.name}.handler.book"
 
 
-def world(*, hold: Collection[str] = (), sagas: bool = False, booking: bool = True) -> World:
-    """`note` decides, `book` is a subscription to what was decided. `hold` names of: commands, book, replies."""
+def world(*, hold: Collection[str] = (), sagas: bool = False, booking: bool = True, book_s: float = 50.0) -> World:
+    """`note` decides, `book` is a subscription to what was decided, and may take `book_s`. `hold` names of: commands,
+    book, replies."""
     name = unique("desk")
     faults = Faults()
 
@@ -119,7 +133,7 @@ def world(*, hold: Collection[str] = (), sagas: bool = False, booking: bool = Tr
     service = Service(
         name,
         deciders=[notes],
-        handlers=[book] if booking else [],
+        handlers=[Handler(book, timeout_s=book_s)] if booking else [],
         sagas=[ask] if sagas else [],
         hold=[its[one] for one in hold],
         partitions=4,
@@ -180,6 +194,15 @@ async def parked(store: Store, n: int, **where: Any) -> list[ParkedKey]:
     return await eventually(look, lambda found: len(found) == n)
 
 
+async def tried(store: Store, n: int) -> None:
+    """Once the head of the only parked key has been tried `n` times."""
+
+    async def look() -> list[int]:
+        return [one.head.failure.attempts for one in await store.parking.keys() if one.head.failure is not None]
+
+    await eventually(look, lambda found: len(found) == 1 and found[0] >= n)
+
+
 async def waiting(store: Store, n: int) -> list[ParkedKey]:
     """Once `n` messages wait, of all keys."""
 
@@ -216,7 +239,9 @@ def metrics_of(connection: Connection) -> MemoryMetrics:
 
 __all__ = [
     "BRIEF",
+    "LIMITED",
     "PATIENT",
+    "AheadClock",
     "Faults",
     "Unit",
     "World",
@@ -230,6 +255,7 @@ __all__ = [
     "running",
     "send",
     "told",
+    "tried",
     "waiting",
     "world",
 ]

@@ -86,7 +86,7 @@ def test_what_is_refused_changes_nothing_and_exits_1(desk: Desk) -> None:
 
 
 async def joined(desk: Desk) -> None:
-    async with desk.service.connect(store=desk.store, bus=desk.bus) as connection, asyncio.timeout(30):
+    async with desk.service.connect(store=desk.store, bus=desk.bus) as connection, asyncio.timeout(45):
         while not await connection.transport.admin.members(desk.name):  # noqa: ASYNC110 - another thread's worker
             await asyncio.sleep(0.05)
 

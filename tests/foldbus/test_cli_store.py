@@ -88,6 +88,7 @@ class TestExportAndImport:
 
     def test_refuse_while_a_worker_runs(self, desk: Desk) -> None:
         with desk.working():
+            until_it_leads(desk)
             said = cli("store", "export", "desk", "desk.jsonl", "--store", desk.store)
             assert (said.code, said.out) == (2, "")
             assert "in use" in said.err
@@ -130,6 +131,7 @@ class TestExportAndImport:
         assert cli("store", "export", "desk", "part.jsonl", "--store", desk.store).code == 0
         assert (tmp_path / "part.jsonl").read_bytes() == whole
 
+    @pytest.mark.timeout(180)  # seven processes after each other, and each may be slow to start
     def test_an_import_goes_on_after_kills(self, desk: Desk, empty: str, tmp_path: Path) -> None:
         """In the middle of a batch, as soon as it has come some further; it could not end, the end was not sent."""
 
@@ -171,18 +173,33 @@ _SECTIONS = (
 
 
 def killed(command: list[str], file: Path) -> None:
-    """Runs it, and kills it when the file has grown."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "foldbus", *command], env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=file.parent, stderr=subprocess.DEVNULL,
+    """Runs it, and kills it when the file has grown: from a thread inside it, since whoever looks from outside may look
+    too late."""
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, str(file), *command], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=file.parent, stderr=subprocess.DEVNULL, check=False, timeout=50,
     )  # fmt: skip
-    until = time.monotonic() + 30
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+
+
+KILLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+
+from foldbus.cli import main
+
+file = Path(sys.argv.pop(1))
+
+
+def kill():
     while not file.exists() or file.stat().st_size < 100_000:
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < until
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+threading.Thread(target=kill, daemon=True).start()
+main()
+"""
 
 
 def killed_import(store: str, lines: list[bytes], *, beyond: int) -> int:
@@ -200,7 +217,7 @@ def killed_import(store: str, lines: list[bytes], *, beyond: int) -> int:
 
     pouring = Thread(target=pour, args=(process.stdin,))
     pouring.start()
-    until = time.monotonic() + 30
+    until = time.monotonic() + 45
     while imported(store) <= beyond:
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < until
@@ -234,6 +251,14 @@ def imported(store: str) -> int:
             return int(db.execute(f"SELECT lines FROM {IMPORT}").fetchone()[0])
         except sqlite3.OperationalError:
             return 0
+
+
+def until_it_leads(desk: Desk) -> None:
+    """The worker in the other thread is connected, and takes its leases a moment later."""
+    until = time.monotonic() + 45
+    while not desk.cli("lag", "--json").data["worker"]:
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def damage(desk: Desk, sql: str) -> None:

@@ -51,6 +51,7 @@ async def pinger(tmp_path: Path) -> AsyncIterator[Connection]:
 
 
 async def test_no_answer_asks_for_a_worker_of_the_service(pinger: Connection) -> None:
+    await pinger.inbox.ready()
     with pytest.raises(OutcomeUnknown, match=r"is a worker of 'pinger' running \(foldbus run, or connect\(worker"):
         await pinger.request(Ping(name="a"), timeout_s=0.2)
 

@@ -281,7 +281,7 @@ class TestAtMostOnce:
 
         async def track(event: Seen, ctx: BareContext) -> None:
             if event.n == 0:
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(40):
                     await meeting.wait()
             order.append((event.who, event.n))
 

@@ -32,6 +32,7 @@ from foldbus import (
     saga,
 )
 from foldbus.redriving import Became, CannotEdit, Edit, Pace, Redriver
+from foldbus.timing import DueTimers
 from sagas import Status, describe, saga_stream
 from tests.eventstore.stores import failure, whole_log
 from tests.stories.pairs import QUICK, Pair, eventually, unique
@@ -187,6 +188,19 @@ async def quiet(connection: Connection) -> None:
     await eventually(look, lambda due: due is None)
 
 
+def first_look(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set when the workers that start from here on have looked for due timers once."""
+    looked, fire = asyncio.Event(), DueTimers._fire
+
+    async def look(due: DueTimers) -> float:
+        wait_s = await fire(due)
+        looked.set()
+        return wait_s
+
+    monkeypatch.setattr(DueTimers, "_fire", look)
+    return looked
+
+
 async def types(connection: Connection, key: str) -> list[str]:
     """Of the events of this key, the sagas' own left out."""
     log = await whole_log(connection.store, outgoing=False)
@@ -334,13 +348,16 @@ class TestAgainstItsUndo:
             await quiet(shop)
             assert await types(shop, "a") == ["packed", "unpacked"]
 
-    async def test_the_undo_between_redrive_and_handling_keeps_the_step_out(self, pair: Pair) -> None:
+    async def test_the_undo_between_redrive_and_handling_keeps_the_step_out(
+        self, pair: Pair, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         its = world(Faults(decide={"a"}))
         async with running(pair, its) as shop:
             id, letter = await self.staged(shop, its)
         slow = replace(QUICK, timer_poll_s=3600.0)  # no timer is looked at but at the start
+        looked = first_look(monkeypatch)
         async with running(pair, its, settings=slow) as shop:
-            await asyncio.sleep(0.3)
+            await looked.wait()
             assert await redrive(shop, [letter]) == [Became.REDRIVEN]
             await self.undo(shop, its, id)
         async with running(pair, its) as shop:
@@ -397,10 +414,14 @@ class TestAStepOfASaga:
             assert (await by.redrive(by.plan(letter, sagas_too=True))).became is Became.REDRIVEN
             await eventually(lambda: types(shop, "a"), lambda found: found == ["packed"])
 
-    async def test_whose_timeout_died_ends_once_that_is_redriven(self, pair: Pair) -> None:
+    async def test_whose_timeout_died_ends_once_that_is_redriven(
+        self, pair: Pair, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         its = world()
         blind = replace(QUICK, timer_poll_s=3600.0)  # looks at timers when it starts, and then no more
+        looked = first_look(monkeypatch)
         async with running(pair, its, settings=blind) as shop:
+            await looked.wait()
             placed = shop.envelope(its.Placed(order_id="a", cents=-1), topic=f"{its.shop.name}.events")
             await shop.store.commit([Unit(outgoing=(placed,))])
             due = await eventually(lambda: shop.store.timers.due(limit=10), lambda found: len(found) == 1)

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from bus.envelope import Failure, Kind, Origin, ReplyTo
 from bus.metrics import MemoryMetrics
-from bus.processing import Aside, Failed, Item, Processor
+from bus.processing import Again, Answer, Aside, Failed, Item, Processor
 from bus.seams import NoFailpoints, SystemClock, Uuid7Ids
 from eventstore.port import ClaimState, Store
 from foldbus import (
@@ -125,7 +125,7 @@ class Bank:
 
 
 async def until(there: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(40):
         while not there():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0)
 
@@ -340,19 +340,30 @@ class TestADeath:
                 if name == "before-commit":
                     raise Kill
 
-        one = item(Charge(account="a"))
+        async def dies(one: Item) -> None:
+            with pytest.raises(Kill):
+                await command_processor(connection(store, bank.handlers(), failpoint=At())).process([one], {})
+            assert await whole_log(store) == []
+
+        leased, one = item(Charge(account="b")), item(Charge(account="a"))
+        monkeypatch.setattr("foldbus.effects.LEASE_MARGIN_S", 3600.0)
+        await dies(leased)
         monkeypatch.setattr("foldbus.effects.LEASE_MARGIN_S", -49.5)
-        with pytest.raises(Kill):
-            await command_processor(connection(store, bank.handlers(), failpoint=At())).process([one], {})
-        assert await standing(store, one) == (ClaimState.STARTED, True)
-        assert await whole_log(store) == []
-        (result,) = await processor(twin, bank).process([replace(one)], {})
-        assert kinds([result]) == ["Again"], "the lease of the dead one is not over"
-        async with asyncio.timeout(20):
+        await dies(one)
+        for each in (leased, one):
+            assert await standing(store, each) == (ClaimState.STARTED, True)
+        found = await processor(twin, bank).process([replace(leased)], {})
+        assert kinds(found) == ["Again"], "the lease of the dead one is not over"
+        result: Answer = Again()
+        async with asyncio.timeout(40):
             while kinds([result]) != ["Done"]:
-                await asyncio.sleep(0.05)
                 (result,) = await processor(twin, bank).process([replace(one)], {})
-        assert bank.calls == [("charge", one.envelope.id, False), ("charge", one.envelope.id, True)]
+                await asyncio.sleep(0.05)
+        assert bank.calls == [
+            ("charge", leased.envelope.id, False),
+            ("charge", one.envelope.id, False),
+            ("charge", one.envelope.id, True),
+        ]
 
     async def test_after_the_commit_changes_nothing(self, store: Store, bank: Bank) -> None:
         class At:
@@ -578,13 +589,16 @@ class TestInAThread:
             "shop.noted.v1", "shop.note.v1", "shop.charge.reply.v1",
         ]  # fmt: skip
 
-    async def test_one_that_was_cut_short_keeps_its_lease_since_the_thread_is_still_at_it(self, store: Store) -> None:
+    async def test_one_that_was_cut_short_keeps_its_lease_since_the_thread_is_still_at_it(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("foldbus.effects.LEASE_MARGIN_S", 3600.0)
         inside, go_on, over = threading.Event(), threading.Event(), threading.Event()
         told: list[BaseException] = []
 
         def charge(command: Charge, ctx: EffectContext) -> Charged:
             inside.set()
-            go_on.wait(10)
+            go_on.wait(40)
             try:
                 ctx.send(Note(account=command.account))
             except BaseException as error:
@@ -593,7 +607,7 @@ class TestInAThread:
                 over.set()
             return Charged(account=command.account, cents=command.cents)
 
-        worker = command_processor(connection(store, [Handler(charge, effect=True, timeout_s=0.1)]))
+        worker = command_processor(connection(store, [Handler(charge, effect=True, timeout_s=1.0)]))
         one = item(Charge(account="a"))
         (result,) = await worker.process([one], {})
         assert isinstance(result, Failed)
@@ -602,7 +616,7 @@ class TestInAThread:
         assert kinds(await worker.process([one], {})) == ["Again"]
         assert not inside.is_set(), "a second call beside the first"
         go_on.set()
-        assert await asyncio.to_thread(over.wait, 10)
+        assert await asyncio.to_thread(over.wait, 40)
         assert isinstance(told[0], HandlerEnded)
 
 

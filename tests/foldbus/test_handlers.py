@@ -341,7 +341,7 @@ class TestABatch:
         meeting = asyncio.Barrier(2)
 
         async def meet(command: Pay, ctx: Context) -> Paid:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(40):
                 await meeting.wait()
             return Paid(account=command.account, cents=1, balance=1)
 
@@ -415,7 +415,7 @@ class TestTwoWorkers:
             first = asyncio.create_task(command_processor(connection(store, frozen)).process([held], {}))
             await inside.wait()
             successor, again = command_processor(connection(twin)), replace(held)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(40):
                 assert kinds(await successor.process([again, behind, other], {})) == ["Again", "Again", "Done"]
             assert await balance(twin, "b") == 5
             go_on.set()
@@ -484,7 +484,7 @@ class TestInAThread:
 
         def blocking(command: Pay, ctx: ThreadContext) -> Paid:
             assert threading.get_ident() != loop_thread
-            assert went_on.wait(10), "the event loop stands still"
+            assert went_on.wait(40), "the event loop stands still"
             ctx.execute(insert(accounts).values(id=command.account, cents=command.cents))
             cents = ctx.execute(select(accounts.c.cents)).scalar_one()
             ctx.append(notes, Notified(account=command.account, so_far=1), expected=0)
@@ -514,7 +514,7 @@ class TestInAThread:
         def blocking(command: Pay, ctx: ThreadContext) -> Paid:
             ctx.execute(insert(accounts).values(id=command.account, cents=command.cents))
             inside.set()
-            go_on.wait(10)
+            go_on.wait(40)
             try:
                 ctx.execute(insert(accounts).values(id="later", cents=1))
             except BaseException as error:
@@ -526,12 +526,12 @@ class TestInAThread:
 
         processor = command_processor(connection(store, blocking))
         running = asyncio.create_task(processor.process([item(Pay(account="a", cents=5))], {}))
-        await asyncio.to_thread(inside.wait, 10)
+        assert await asyncio.to_thread(inside.wait, 40)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
         go_on.set()
-        assert await asyncio.to_thread(over.wait, 10)
+        assert await asyncio.to_thread(over.wait, 40)
         assert "its context is closed" in str(told[0])
         assert (await balance(store), await balance(store, "later")) == (None, None)
 

@@ -34,7 +34,7 @@ from tests.bus.transports import eventually
 from tests.foldbus.desk import until
 
 WELL = Health()
-SETTINGS = HealthSettings(broker_s=10.0, work_max_s=300.0, group_s=180.0, standing_s=300.0, probe_s=0.5)
+SETTINGS = HealthSettings(broker_s=10.0, work_max_s=300.0, group_s=180.0, standing_s=300.0, probe_s=30.0)
 
 
 class ByHand(SystemClock):
@@ -265,6 +265,7 @@ async def test_a_store_that_is_away_or_hangs_is_told_and_is_no_reason_to_restart
     stand.database.error = StoreUnavailable("no database")
     assert await stand.ready() == ("the store does not answer: no database",)
     stand.database.hangs = True
+    stand.worker.settings = WorkerSettings(health=replace(SETTINGS, probe_s=0.5))
     assert await stand.ready() == ("the store did not answer within 0.5 s",)
     assert await stand.alive() == ()
 
@@ -388,8 +389,11 @@ async def test_real_workers_are_ready_also_the_one_for_which_no_partition_is_lef
         for worker in workers:
             await is_ready(worker)
             assert (await worker.alive()).ok
-        shares = sorted(len(worker.engines[0].assignments) for worker in workers)
-        assert shares == [0, 1, 1]
+
+        async def shared() -> bool:
+            return sorted(len(worker.engines[0].assignments) for worker in workers) == [0, 1, 1]
+
+        await until(shared)
         for worker in workers:
             await until(worker.engines[0].caught_up)
     assert (await workers[0].ready()).reasons == ("the worker is not running, or drains",)

@@ -167,10 +167,10 @@ async def test_executions_of_one_key_take_turns_and_leave_nothing_behind() -> No
     losing = Losing(0)
     executing = Executing(losing, clock=SystemClock(), metrics=MemoryMetrics())  # type: ignore[arg-type]
 
-    await asyncio.gather(*(executing.run(an_item(), timeout_s=9, in_turn=True) for _ in range(5)))
+    await asyncio.gather(*(executing.run(an_item(), timeout_s=40, in_turn=True) for _ in range(5)))
     assert losing.most == 1
 
-    await asyncio.gather(*(executing.run(an_item(), timeout_s=9, in_turn=False) for _ in range(5)))
+    await asyncio.gather(*(executing.run(an_item(), timeout_s=40, in_turn=False) for _ in range(5)))
     assert losing.most == 5
 
 
@@ -190,7 +190,7 @@ async def test_a_cancelled_turn_is_given_to_the_next() -> None:
     holder.cancel()
     await asyncio.gather(holder, waiting, return_exceptions=True)
 
-    async with asyncio.timeout(5), turns.of("k"):
+    async with asyncio.timeout(30), turns.of("k"):
         pass
     assert turns.waiting == 0
 
@@ -305,7 +305,7 @@ def test_results_of_a_processor_are_told_apart() -> None:
 
     async def run() -> None:
         executing = Executing(Failing(), clock=SystemClock(), metrics=MemoryMetrics())  # type: ignore[arg-type]
-        await executing.run(an_item(), timeout_s=9, in_turn=True)
+        await executing.run(an_item(), timeout_s=40, in_turn=True)
 
     with pytest.raises(ValueError, match="a bug"):
         asyncio.run(run())

@@ -81,7 +81,7 @@ class TestTheInbox:
             waiting = mine.expect(id)
             broken = replace(answer(id, "other"), headers=(("ce_id", b"\xff"),))
             tails.lists[0] += [broken, answer(id, "other"), replace(broken, key=b"me"), answer(id)]
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 assert (await waiting.next()) is not None
         assert metrics.total("foldbus_skipped_total", why="undecodable") == 1
         assert metrics.total("foldbus_late_replies_total") == 0
@@ -95,7 +95,7 @@ class TestTheInbox:
                 answer(id, outcome=ReplyOutcome.EXPIRED, deadline=earlier),
                 answer(id, outcome=ReplyOutcome.EXPIRED, deadline=later),
             ]
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 reply = await waiting.next()
             assert reply is not None
             assert reply.deadline == later
@@ -115,7 +115,7 @@ class TestTheInbox:
             await asyncio.sleep(0.3)
             assert not ready.done()
             tails.gate.set()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await ready
             assert len(tails.lists) == 2
 
@@ -128,7 +128,7 @@ class TestTheInbox:
             async def reopening() -> int:
                 return metrics.total("foldbus_inbox_reopened_total")
 
-            await eventually(reopening, lambda found: found == 3)
+            await eventually(reopening, lambda found: found >= 3)
             tails.refuse = None
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 await mine.ready()

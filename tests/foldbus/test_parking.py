@@ -20,7 +20,9 @@ from sagas import TIMEOUT_TYPE, SagaBehaviour
 from tests.eventstore.stores import NOON
 from tests.foldbus.parking_world import (
     BRIEF,
+    LIMITED,
     PATIENT,
+    AheadClock,
     World,
     committed,
     decided,
@@ -32,6 +34,7 @@ from tests.foldbus.parking_world import (
     running,
     send,
     told,
+    tried,
     waiting,
     world,
 )
@@ -67,9 +70,11 @@ class TestAFailingKey:
             await booked_all(desk, {name: [0, 1, 2] for name in names})
             await parked(desk.store, 0)
             metrics = metrics_of(desk)
+            # What is committed is seen a moment before it is counted.
+            await eventually(lambda: _count(metrics, "foldbus_unparked_total", how="handled"), lambda n: n >= 3)
+            assert metrics.total("foldbus_unparked_total", consumer=its.booker, how="handled") == 3
             assert metrics.total("foldbus_parked_total", consumer=its.booker) == 1
             assert metrics.total("foldbus_followed_total", consumer=its.booker) == 2
-            assert metrics.total("foldbus_unparked_total", consumer=its.booker, how="handled") == 3
             await eventually(lambda: _count(metrics, "foldbus_keys_freed_total"), lambda n: n == 1)
 
     async def test_among_a_thousand_is_the_only_one_that_waits(self, pair: Pair) -> None:
@@ -82,6 +87,7 @@ class TestAFailingKey:
             others = {name: [0, 1] for name in names if name != "k7"}
             await eventually(lambda: decided(desk, its), lambda found: sum(map(len, found.values())) == 1998)
             assert await decided(desk, its) == others
+            await eventually(lambda: _count(metrics_of(desk), "foldbus_followed_total"), bool)
             assert metrics_of(desk).total("foldbus_followed_total") == 1
             its.faults.clear()
             await parked(desk.store, 0)
@@ -93,7 +99,8 @@ class TestAFailingKey:
         async with running(pair, its) as desk:
             await send(desk, its, [(name, n) for n in range(6) for name in "abc"])
             await waiting(desk.store, 5)
-            assert await decided(desk, its) == {"a": [0], "b": list(range(6)), "c": list(range(6))}
+            others = {"a": [0], "b": list(range(6)), "c": list(range(6))}
+            await eventually(lambda: decided(desk, its), lambda found: found == others)
             its.faults.clear()
             await parked(desk.store, 0)
             assert await decided(desk, its) == {name: list(range(6)) for name in "abc"}
@@ -148,26 +155,29 @@ async def _tries(its: World, n: int) -> int:
     return its.faults.tried.count(("a", n))
 
 
-async def _count(metrics: object, name: str) -> int:
-    return metrics.total(name)  # type: ignore[attr-defined, no-any-return]
+async def _count(metrics: object, name: str, **labels: str) -> int:
+    return metrics.total(name, **labels)  # type: ignore[attr-defined, no-any-return]
 
 
 class TestWhatHasHadItsTime:
     async def test_is_a_dead_letter_and_the_next_of_its_key_goes_on(self, pair: Pair) -> None:
-        its = world()
+        its, clock = world(), AheadClock()
         its.faults.decide = lambda name, n: n == 1
-        async with running(pair, its, BRIEF) as desk:
+        async with running(pair, its, LIMITED, clock=clock) as desk:
             await send(desk, its, [("a", 0)])
             id = ids.new()
+            asking = asyncio.create_task(desk.request(its.Note(name="a", n=1), id=id, timeout_s=50))
+            await tried(desk.store, 5)
+            clock.ahead_s = LIMITED.parking.total_s
             with pytest.raises(Died, match="cannot note a 1"):
-                await desk.request(its.Note(name="a", n=1), id=id, timeout_s=30)
+                await asking
             await send(desk, its, [("a", 2)])
             await eventually(lambda: decided(desk, its), lambda found: found == {"a": [0, 2]})
             (letter,) = await letters(desk.store, 1)
             assert (letter.id, letter.topic) == (id, f"{its.service.name}.commands")
             assert letter.failure.attempts > 4  # three in place, then at least two from its queue
             spent = letter.failure.failed_at - letter.failure.first_failed_at
-            assert spent.total_seconds() >= BRIEF.parking.total_s
+            assert spent.total_seconds() >= LIMITED.parking.total_s
             assert (await desk.status(id)).state is ClaimState.DEAD
             await parked(desk.store, 0)
 
@@ -218,12 +228,14 @@ class TestHold:
     async def test_keeps_the_key_until_it_is_woken_and_loses_no_order(
         self, pair: Pair, caplog: pytest.LogCaptureFixture
     ) -> None:
-        its = world(hold=["book"])
+        its, clock = world(hold=["book"]), AheadClock()
         its.faults.book = lambda name, n: name == "a" and n == 1
         caplog.set_level(logging.ERROR, "foldbus.parking")
-        async with running(pair, its, BRIEF) as desk:
+        async with running(pair, its, LIMITED, clock=clock) as desk:
             await told(desk, its, [(name, n) for n in range(4) for name in "ab"])
             await waiting(desk.store, 3)
+            await tried(desk.store, 4)
+            clock.ahead_s = LIMITED.parking.total_s
 
             async def held() -> bool:
                 return (await desk.store.parking.keys())[0].due_at is None
@@ -286,7 +298,7 @@ class TestAWorkerThatDies:
     async def test_leaves_every_message_in_its_place(
         self, pair: Pair, when: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        its = world()
+        its = world(book_s=10.0)
         its.faults.book = lambda name, n: name == "a" and n == 1 and its.faults.tried.count(("a", 1)) < 7
         quick = replace(PATIENT, parking=replace(PATIENT.parking, lease_s=0.3))
 
@@ -377,7 +389,9 @@ class TestASagasTimeout:
             broken = False
             await parked(desk.store, 0)
             assert await letters(desk.store, 0) == []
-            assert metrics_of(desk).total("foldbus_unparked_total", how="handled") == 1
+            handled = {"how": "handled"}
+            await eventually(lambda: _count(metrics_of(desk), "foldbus_unparked_total", **handled), bool)
+            assert metrics_of(desk).total("foldbus_unparked_total", **handled) == 1
 
 
 async def test_a_letter_of_a_parked_message_is_as_of_any_other(pair: Pair) -> None:

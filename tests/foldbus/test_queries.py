@@ -231,7 +231,7 @@ async def test_a_query_only_reads(pair: Pair) -> None:
         async with house.store.reading() as tx:
             assert (await tx.sql.execute(text("select 1"))).scalar_one() == 1
             # It holds up no writer.
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(40):
                 await house.execute(its.ask.Take(seat="a1"))
 
 
@@ -297,8 +297,9 @@ async def test_a_query_that_expired_is_skipped_and_counted(pair: Pair) -> None:
     its = Theatre()
     metrics, clock = MemoryMetrics(), ShiftedClock()
     async with pair.connect(its.agency, worker=False) as agency, pair.connect(its.house, worker=False):
+        await agency.inbox.ready()
         with pytest.raises(NoAnswer, match="no answer within"):
-            await agency.ask(its.ask.Probe(what="early"), timeout_s=0.5)
+            await agency.ask(its.ask.Probe(what="early"), timeout_s=2.0)
         clock.ahead_s = 60.0
         async with pair.connect(its.house, metrics=metrics, clock=clock):
 
@@ -307,8 +308,8 @@ async def test_a_query_that_expired_is_skipped_and_counted(pair: Pair) -> None:
 
             await eventually(skipped, lambda found: found == 1)
             # Whoever still waits hears of it at once: these clocks are a minute apart.
-            with pytest.raises(NoAnswer, match=r"had expired 5\d\.\d+ s before, by the clock there"):
-                await agency.ask(its.ask.Probe(what="skewed"), timeout_s=2)
+            with pytest.raises(NoAnswer, match=r"had expired [345]\d\.\d+ s before, by the clock there"):
+                await agency.ask(its.ask.Probe(what="skewed"), timeout_s=30)
             assert await agency.ask(its.ask.Probe(what="patient"), timeout_s=90) == 1
     assert its.asked == ["patient"]
 
@@ -322,14 +323,14 @@ async def test_a_query_may_take_as_long_as_somebody_waits(pair: Pair) -> None:
     async with its.open(pair, metrics=metrics, settings=settings) as (_, agency):
         await agency.ask(its.ask.Probe(what="warm"), timeout_s=30)
         with pytest.raises(NoAnswer):
-            await agency.ask(its.ask.Probe(what="wait"), timeout_s=0.5)
+            await agency.ask(its.ask.Probe(what="wait"), timeout_s=3.0)
 
         async def cut_short() -> int:
             return metrics.total("foldbus_queries_total", outcome="timeout")
 
         await eventually(cut_short, lambda found: found == 1)
-        assert its.left_s[1] <= 0.5 + 0.2  # and the tolerance
-        assert 0.5 + 0.2 < its.left_s[0] <= 20
+        assert its.left_s[1] <= 3.0 + 0.2  # and the tolerance
+        assert 3.0 + 0.2 < its.left_s[0] <= 20
 
 
 async def test_a_record_that_is_no_query_is_kept_and_stops_nothing(pair: Pair) -> None:
@@ -353,6 +354,11 @@ async def test_a_query_that_wants_no_answer_is_dropped(pair: Pair) -> None:
         from dataclasses import replace
 
         await agency.transport.publish([to_record(replace(envelope, id=agency.ids.new(), reply_to=lost))])
+
+        async def asked() -> int:
+            return len(its.asked)
+
+        await eventually(asked, lambda found: found == 2)  # those of another key may be in another partition
         assert await agency.ask(its.ask.Probe(what="somebody"), timeout_s=60) == 3
 
 

@@ -98,7 +98,7 @@ async def append(connection: Connection, expected: int, *envelopes: Envelope, st
 
 
 async def of(reading: AsyncIterator[Recorded]) -> list[tuple[int, Event]]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(45):
         return [(one.version, one.event) async for one in reading]
 
 
@@ -177,7 +177,7 @@ async def test_following_goes_on_with_what_is_stored_later(url: str, tmp_path: P
     async with connected(url, tmp_path) as connection:
         await append(connection, 0, *HISTORY)
         following = connection.events(types=[Paid], follow=True)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(45):
             first = await anext(following)
             waiting = asyncio.ensure_future(anext(following))
             await asyncio.wait({waiting}, timeout=0.05)

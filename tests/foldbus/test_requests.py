@@ -95,6 +95,11 @@ class Till:
         self.client = Service(client, messages=[Add, Added], refusals=[TooMuch], partitions=2)
         self.say = SimpleNamespace(Add=Add, Added=Added, TooMuch=TooMuch)
 
+    async def asked_in_vain(self, client: Connection) -> None:
+        """One is added for key a, and nobody is there to do it; the time is for the sending alone."""
+        await client.inbox.ready()
+        await client.request(self.say.Add(key_="a", n=1), timeout_s=2.0)
+
     async def total(self, till: Connection, key: str = "a") -> int:
         return (await till.load(self.adding, key)).state.n
 
@@ -107,7 +112,7 @@ async def test_a_request_that_expired_is_not_begun_and_its_repeat_is_handled(pai
     metrics, clock = MemoryMetrics(), ShiftedClock(60.0)
     async with pair.connect(its.client, worker=False) as client, pair.connect(its.till, worker=False) as till:
         with pytest.raises(OutcomeUnknown, match="no answer within") as unknown:
-            await client.request(its.say.Add(key_="a", n=1), timeout_s=0.5)
+            await its.asked_in_vain(client)
         id = unknown.value.id
         await client.send(its.say.Add(key_="a", n=10))  # nobody waits for this one, it has no deadline
         async with pair.connect(its.till, metrics=metrics, clock=clock):
@@ -115,8 +120,11 @@ async def test_a_request_that_expired_is_not_begun_and_its_repeat_is_handled(pai
             async def added() -> int:
                 return await its.total(till)
 
+            async def expired() -> int:
+                return metrics.total("foldbus_expired_requests_total", consumer=its.till.name)
+
             assert await eventually(added, bool) == 10
-            assert metrics.total("foldbus_expired_requests_total", consumer=its.till.name) == 1
+            assert await eventually(expired, bool) == 1
             assert (await till.status(id)).state is ClaimState.NEW
             # It carries a later deadline, and is judged by that.
             added_now = await client.request(its.say.Add(key_="a", n=1), id=id, timeout_s=90)
@@ -131,15 +139,15 @@ async def test_whoever_still_waits_is_told_at_once_that_the_clocks_are_apart(pai
         with pytest.raises(OutcomeUnknown, match=r"had expired 35\d\d\.\d+ s before.*or are the clocks apart"):
             async with asyncio.timeout(55):
                 await client.request(its.say.Add(key_="a", n=1), timeout_s=58)
-        clock.ahead_s = 6.0  # 1 s more than the tolerance, and the request may take 9
-        assert (await client.request(its.say.Add(key_="a", n=1), timeout_s=9)).total == 1
+        clock.ahead_s = 6.0  # 1 s more than the tolerance, and the request may take 30
+        assert (await client.request(its.say.Add(key_="a", n=1), timeout_s=30)).total == 1
 
 
 async def test_within_the_tolerance_an_old_request_is_still_handled(pair: Pair) -> None:
     its = Till()
     async with pair.connect(its.client, worker=False) as client, pair.connect(its.till, worker=False) as till:
         with pytest.raises(OutcomeUnknown):
-            await client.request(its.say.Add(key_="a", n=1), timeout_s=0.2)
+            await its.asked_in_vain(client)
         settings = replace(QUICK, clock_tolerance_s=300.0)
         async with pair.connect(its.till, settings=settings, clock=ShiftedClock(60.0)):
 
@@ -206,7 +214,14 @@ async def test_a_request_whose_answer_may_have_been_missed_is_asked_again_by_its
 async def test_two_clients_and_two_workers_every_answer_finds_the_one_who_asked(pair: Pair) -> None:
     its = Till()
     metrics = [MemoryMetrics(), MemoryMetrics()]
-    async with pair.connect(its.till), pair.connect(its.till):
+    async with pair.connect(its.till) as till, pair.connect(its.till) as second:
+
+        async def shares() -> list[int]:
+            engines = [each.worker.engines[0] for each in (till, second) if each.worker is not None]
+            return [len(engine.assignments) for engine in engines]
+
+        # A rebalance may bring a message, and its answer, twice.
+        await eventually(shares, lambda found: found == [1, 1])
         async with pair.connect(its.client, worker=False, metrics=metrics[0]) as one:
             async with pair.connect(its.client, worker=False, metrics=metrics[1]) as other:
                 assert one.inbox.instance != other.inbox.instance
@@ -227,7 +242,7 @@ async def test_a_reply_after_its_deadline_is_counted_and_dropped_and_kept_for_th
     async with pair.connect(its.client, worker=False, metrics=metrics) as client:
         with pytest.raises(OutcomeUnknown) as unknown:
             async with pair.connect(its.till, worker=False):
-                await client.request(its.say.Add(key_="a", n=1), timeout_s=0.3)
+                await its.asked_in_vain(client)
         async with pair.connect(its.till):
 
             async def late() -> int:

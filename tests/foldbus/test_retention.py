@@ -134,7 +134,7 @@ def forgetting(store: Any, topics: Topics, *, metrics: MemoryMetrics | None = No
         {CONSUMER: ("shop.commands",)},
         clock=SystemClock(),
         metrics=metrics or MemoryMetrics(),
-        settings=RetentionSettings(batch=3, pause_s=0.0, settle_s=0.0, every_s=0.05, lease_ttl_s=1.0),
+        settings=RetentionSettings(batch=3, pause_s=0.0, settle_s=0.0, every_s=0.05, lease_ttl_s=60.0),
     )
 
 
@@ -179,7 +179,7 @@ async def test_one_worker_at_a_time_forgets_and_another_follows(store: Any, twin
     running = asyncio.create_task(first.run())
     id = await handled(store)
     await aged.pass_by(HOUR * 2)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(45):
         while await aged.state(id) is not ClaimState.NEW:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         follower = asyncio.create_task(second.run())

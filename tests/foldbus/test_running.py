@@ -57,7 +57,7 @@ async def body(worker: Worker, end: asyncio.Event, *, turns: int | None = None, 
 
 async def test_a_part_that_fails_for_good_cancels_the_body_and_its_error_comes_out(connection: Connection) -> None:
     worker, end = doomed(connection)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(45):
         with pytest.raises(Broken, match="for good") as raised:
             await body(worker, end)
     task = asyncio.current_task()
@@ -78,7 +78,7 @@ async def test_a_part_that_ends_though_nobody_asked_it_to_is_no_silent_loss(conn
 
     worker.relay.run = run  # type: ignore[method-assign]
     with pytest.raises(PartEnded, match="relay ended while the worker runs"):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(45):
             await body(worker, end)
 
 
@@ -128,7 +128,7 @@ class TestASecondSignal:
                 with pytest.raises(subprocess.TimeoutExpired):
                     process.wait(timeout=1)
                 process.send_signal(number)
-                _, said = process.communicate(timeout=10)
+                _, said = process.communicate(timeout=45)
             finally:
                 process.kill()
         assert process.returncode == -number, said

@@ -2,6 +2,7 @@
 
 # Without `from __future__ import annotations`: services are made per test, of classes that only exist in there.
 import asyncio
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,8 @@ class World:
     called: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
+    slow: int | None = None
+    """A batch's moment begins when no more than so many of its keys are still at work; None: at once."""
 
     async def call(self, who: str, n: int) -> None:
         self.called.append((who, n))
@@ -75,7 +78,7 @@ class World:
             if self.error is not None:
                 raise self.error
 
-    def processor(self, store: Store, *, moment_s: float | None = 0.5, **options: Any) -> Any:
+    def processor(self, store: Store, *, moment_s: float | None = 0.1, **options: Any) -> Any:
         async def call(command: Call, ctx: EffectContext) -> None:
             await self.call(command.who, command.n)
 
@@ -86,7 +89,17 @@ class World:
             failpoint=NoFailpoints(),
         )  # fmt: skip
         self.codec = service.codec
-        return command_processor(connection, moment_s=moment_s)
+        made: Any = command_processor(connection, moment_s=moment_s)
+        wait = made._wait
+
+        async def patient(tasks: Collection[asyncio.Task[Any]]) -> None:
+            async with asyncio.timeout(30):
+                while self.slow is not None and sum(not task.done() for task in tasks) > self.slow:  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+            await wait(tasks)
+
+        made._wait = patient
+        return made
 
     def item(self, message: Any) -> Item:
         return Item(
@@ -100,12 +113,12 @@ def kinds(answers: Any) -> list[str]:
 
 async def over(answer: Answer) -> str:
     assert isinstance(answer, Later)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         return type(await answer.result).__name__
 
 
 async def test_the_rest_of_the_batch_is_answered_and_what_is_behind_it_is_not_tried(store: Store) -> None:
-    world = World()
+    world = World(slow=1)
     processor = world.processor(store)
     batch = [
         world.item(one)
@@ -117,11 +130,12 @@ async def test_the_rest_of_the_batch_is_answered_and_what_is_behind_it_is_not_tr
     world.go_on.set()
     assert await over(first) == "Done"
     assert sorted(world.called) == [("a", 0), ("slow", 0)]
+    world.slow = 0
     assert kinds(await processor.process(batch[3:], {})) == ["Done", "Done"]
 
 
 async def test_a_late_failure_is_that_messages_own(store: Store) -> None:
-    world = World(error=RuntimeError("no"))
+    world = World(error=RuntimeError("no"), slow=1)
     processor = world.processor(store)
     first, second = await processor.process([world.item(Call(who=who)) for who in ("slow", "a")], {})
     world.go_on.set()
@@ -174,7 +188,7 @@ async def test_who_is_cancelled_with_a_batch_in_hand_calls_nobody_any_more(store
     processor = world.processor(store, moment_s=None, at_once=1)
     batch = [world.item(Call(who=who)) for who in ("slow", "a")]
     working = asyncio.create_task(processor.process(batch, {}))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not world.called:  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.01)
     working.cancel()

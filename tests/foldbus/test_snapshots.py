@@ -458,7 +458,7 @@ async def test_closing_does_not_wait_for_ever(store: Any, caplog: pytest.LogCapt
     for _ in range(5):
         await ours.add(1)
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(40):
         await ours.snapshots.close(timeout_s=0.01)
 
     assert ours.metrics.total("foldbus_snapshots_dropped_total") == 1

@@ -123,7 +123,7 @@ async def test_a_rebuild_that_was_killed_goes_on_where_it_was(store: Any) -> Non
 async def test_a_kill_around_the_swap_leaves_one_serving_generation(store: Any, where: str, after: Status) -> None:
     await append_many(store, orders(60))
     with pytest.raises(Crash):
-        await rebuilt(workshop(store, failpoint=Once(where)))
+        await rebuilt(workshop(store, failpoint=Once(where), settings=replace(SETTINGS, hold_s=2.0)))
     shop = workshop(store)
     assert (await statuses(shop))[1] is after
     async with running(ProjectionRunner(shop)):  # a hold that nobody ends lapses

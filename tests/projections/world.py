@@ -24,7 +24,8 @@ from projections import Feed, Projection, ProjectionSettings, Rows, Workshop, op
 SERVICE = "shop"
 IDS = Uuid7Ids()
 CLOCK = SystemClock()
-SETTINGS = ProjectionSettings(page=50, poll_s=0.2, hold_s=2.0, lease_ttl_s=2.0, backoff_s=0.02, backoff_max_s=0.2)
+SETTINGS = ProjectionSettings(page=50, poll_s=0.2, hold_s=20.0, lease_ttl_s=30.0, backoff_s=0.02, backoff_max_s=0.2)
+"""Whoever stands still for some seconds loses neither lease nor hold by it."""
 
 
 class Placed(Event, type="shop.placed.v1"):
@@ -179,7 +180,7 @@ def workshop(
     )
 
 
-async def eventually(what: Callable[[], Awaitable[bool]], *, within_s: float = 15.0) -> None:
+async def eventually(what: Callable[[], Awaitable[bool]], *, within_s: float = 40.0) -> None:
     until = CLOCK.monotonic() + within_s
     while not await what():
         assert CLOCK.monotonic() < until, "it never came true"

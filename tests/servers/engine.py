@@ -77,7 +77,7 @@ class Container:
             else:
                 self._container.start()
                 self._made = True
-            give_up = time.monotonic() + 60
+            give_up = time.monotonic() + 120
             # Not the log: it still holds the first start. Not the port: Docker's proxy accepts before the server does.
             while not self._ready():
                 if time.monotonic() > give_up:

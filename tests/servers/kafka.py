@@ -73,7 +73,8 @@ def start_kafka(*, own: bool = False) -> Iterator[Kafka]:
 
     Raises `MissingServer` where there is none.
     """
-    ways: list[Callable[[], _Ours]] = [_in_docker, _from_jars]
+    session_s = _MORTAL_S if own else _SHARED_S
+    ways: list[Callable[[], _Ours]] = [lambda: _in_docker(session_s), lambda: broker_from_jars(session_s=session_s)]
     given = os.environ.get("FOLDBUS_TEST_KAFKA")
     if given and not own:
         yield _Given(given.removeprefix("kafka://"))
@@ -113,7 +114,7 @@ class _Given:
 
 
 class _InDocker(Container):
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, session_s: float) -> None:
         settings = {
             "KAFKA_PROCESS_ROLES": "broker,controller",
             "KAFKA_NODE_ID": "1",
@@ -124,7 +125,7 @@ class _InDocker(Container):
             "KAFKA_CONTROLLER_LISTENER_NAMES": "CONTROLLER",
             "KAFKA_INTER_BROKER_LISTENER_NAME": "PLAINTEXT",
             "KAFKA_HEAP_OPTS": "-Xms128m -Xmx384m",
-            **{"KAFKA_" + name.upper().replace(".", "_"): value for name, value in _SETTINGS.items()},
+            **{"KAFKA_" + name.upper().replace(".", "_"): value for name, value in _settings(session_s).items()},
         }
         super().__init__(
             f"apache/kafka:{KAFKA_VERSION}",
@@ -138,8 +139,8 @@ class _InDocker(Container):
     close = Container.remove
 
 
-def _in_docker() -> _Ours:
-    return _InDocker(free_ports(1)[0])
+def _in_docker(session_s: float) -> _Ours:
+    return _InDocker(free_ports(1)[0], session_s)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,14 @@ class _FromJars(Program):
     """`ports`: those of `more` by name. `users` may log in by SCRAM there."""
 
     def __init__(
-        self, java: str, jars: Path, directory: Path, more: Sequence[Listener] = (), users: Mapping[str, str] = {}
+        self,
+        java: str,
+        jars: Path,
+        directory: Path,
+        more: Sequence[Listener] = (),
+        users: Mapping[str, str] = {},
+        *,
+        session_s: float,
     ) -> None:
         port, controller, *others = free_ports(2 + len(more))
         self.ports = dict(zip((one.name for one in more), others, strict=True))
@@ -182,7 +190,9 @@ class _FromJars(Program):
                 for name, value in one.settings.items()
             },
         }
-        properties.write_text("".join(f"{name}={value}\n" for name, value in {**listeners, **_SETTINGS}.items()))
+        properties.write_text(
+            "".join(f"{name}={value}\n" for name, value in {**listeners, **_settings(session_s)}.items())
+        )
         scram = [
             word
             for user, password in users.items()
@@ -220,18 +230,22 @@ class _FromJars(Program):
         guard.forget_directory(self._home)
 
 
-def _from_jars() -> _Ours:
-    return broker_from_jars()
+_MORTAL_S = 3.0
+"""After kill -9 the new broker may register only when the old one's session has ended: 9 s by default."""
+_SHARED_S = 60.0
+"""Nobody kills it; and one that stood still past its session takes no new topic for a moment."""
 
 
-def broker_from_jars(more: Sequence[Listener] = (), users: Mapping[str, str] = {}) -> _FromJars:
+def broker_from_jars(
+    more: Sequence[Listener] = (), users: Mapping[str, str] = {}, *, session_s: float = _SHARED_S
+) -> _FromJars:
     """A broker of one's own, with `more` ports than the plain one. Raises `Unavailable`; `close` it."""
     program, jars = java(), kafka_jars()
     for attempt in range(3):
         directory = Path(tempfile.mkdtemp(prefix="foldbus-kafka-"))
         guard.watch_directory(directory)
         try:
-            return _FromJars(program, jars, directory, more, users)
+            return _FromJars(program, jars, directory, more, users, session_s=session_s)
         except Unavailable as failed:
             shutil.rmtree(directory, ignore_errors=True)
             guard.forget_directory(directory)
@@ -250,6 +264,10 @@ def _answers(port: int) -> bool:
         return False
 
 
+def _settings(session_s: float) -> Mapping[str, str]:
+    return {**_SETTINGS, "broker.session.timeout.ms": str(round(session_s * 1000))}
+
+
 # What differs from Kafka's defaults, in Docker as with the jars.
 _SETTINGS = {
     "auto.create.topics.enable": "false",  # topics are declared: a typo must not make one
@@ -262,8 +280,6 @@ _SETTINGS = {
     "transaction.state.log.num.partitions": "1",
     "share.coordinator.state.topic.replication.factor": "1",
     "share.coordinator.state.topic.min.isr": "1",
-    # After kill -9 the new broker may register only when the old one's session has ended: 9 s by default.
-    "broker.session.timeout.ms": "3000",
     "broker.heartbeat.interval.ms": "500",
     "group.initial.rebalance.delay.ms": "0",
     "group.min.session.timeout.ms": "500",  # the default of 6 s makes every test of a crash wait as long

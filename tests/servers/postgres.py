@@ -344,7 +344,7 @@ def _answers(dsn: str) -> bool:
 
 def _execute(dsn: str, statement: str) -> None:
     async def execute() -> None:
-        connection = await asyncpg.connect(dsn, timeout=10)
+        connection = await asyncpg.connect(dsn, timeout=30)
         try:
             await connection.execute(statement)
         finally:

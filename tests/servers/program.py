@@ -43,7 +43,7 @@ class Program:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def start(self, *, timeout_s: float = 60) -> None:
+    def start(self, *, timeout_s: float = 120) -> None:
         """Start and wait until ready; a second call while it runs does nothing."""
         if self.running():
             return

@@ -3,8 +3,8 @@
 `foldbus run tests.stories.ledger:app`. A command may ask its handler to begin, say so on standard output, and go on
 only after a while: the moment at which somebody stops or kills the process. In the environment: `LEDGER_NAME`, the
 service's name; `LEDGER_PARTITIONS`; `LEDGER_MARKS`, a directory in which the first handler of a message leaves a mark,
-so that the next one does not stay; `LEDGER_FAILING`, the share of messages that fail for as long as `rain` is in that
-directory.
+so that the next one does not stay, and in which `go on` ends every stay; `LEDGER_FAILING`, the share of messages that
+fail for as long as `rain` is in that directory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 from uuid import UUID, uuid5
@@ -68,7 +69,8 @@ async def enter(command: Enter, ctx: Context) -> None:
     if command.where == "blocking":
         say("began", command)
         if is_first(command):
-            time.sleep(command.for_s)
+            for moment_s in moments(command):
+                time.sleep(moment_s)
     sql = await ctx.sql()
     if command.where == "inside":
         await stay(command)
@@ -78,8 +80,16 @@ async def enter(command: Enter, ctx: Context) -> None:
 async def stay(command: Enter) -> None:
     say("began", command)
     if is_first(command):
-        await asyncio.sleep(command.for_s)
+        for moment_s in moments(command):
+            await asyncio.sleep(moment_s)
     say("goes on", command)
+
+
+def moments(command: Enter) -> Iterator[float]:
+    """What it stays for, bit by bit, until it may go on."""
+    until = time.monotonic() + command.for_s
+    while (left_s := until - time.monotonic()) > 0 and not (MARKS / "go on").exists():
+        yield min(left_s, 0.02)
 
 
 def is_first(command: Enter) -> bool:

@@ -102,6 +102,7 @@ class Lives:
 
     def __init__(self, module: ModuleType, client: Connection, sql: Any, environment: Mapping[str, str]) -> None:
         self.module, self.client, self.sql, self._environment = module, client, sql, environment
+        self._go_on = Path(environment["LEDGER_MARKS"]) / "go on"
         self.all: list[Life] = []
         self._sent: dict[str, int] = defaultdict(int)
 
@@ -128,6 +129,10 @@ class Lives:
         for life in lives:
             await until(lambda life=life: any("took over" in one for one in life.messages()), what="partitions")
         return lives
+
+    def go_on(self) -> None:
+        """No handler stays any longer, from now on."""
+        self._go_on.touch()
 
     async def enter(self, account: str, count: int = 1, **options: Any) -> None:
         """The account's next entries, in its topic when it returns."""
@@ -172,7 +177,7 @@ class Lives:
         ends = await transport.admin.committed(self.module.NAME, [topic])
         found: set[tuple[str, int]] = set()
         async with transport.tail(topic, start="begin") as tail:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(40):
                 missing = sum(ends.values())
                 while missing:
                     for one in await tail.poll(max_records=1000, timeout_s=0.2):
@@ -205,7 +210,7 @@ async def lives_of(
                 bus=bus,
                 migrate=True,
                 apply_topics=True,
-                poll=PollSettings(request_timeout_s=5.0, publish_deadline_s=3.0),
+                poll=PollSettings(request_timeout_s=20.0, publish_deadline_s=3.0),
             )
         )
         sql = await asyncpg.connect(store)

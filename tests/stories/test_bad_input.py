@@ -381,7 +381,7 @@ class Strangers:
 # --- the stories -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 async def test_each_bad_record_becomes_a_dead_letter_and_all_others_are_handled_once_in_order(pair: Pair) -> None:
     world = a_world()
     till_metrics, office_metrics = MemoryMetrics(), MemoryMetrics()
@@ -412,7 +412,7 @@ async def test_each_bad_record_becomes_a_dead_letter_and_all_others_are_handled_
                     await outside.publish([named_by_nobody])
             for strangers in (commands, events, replies, checked):
                 await strangers.rest()
-            last = [await till.request(world.sell(till=key, n=999), timeout_s=30) for key in KEYS]
+            last = [await till.request(world.sell(till=key, n=999), timeout_s=60) for key in KEYS]
             assert [one.n for one in last] == [999] * len(KEYS)
             for key in KEYS:
                 expected[key].append(999)
@@ -459,19 +459,19 @@ async def test_each_bad_record_becomes_a_dead_letter_and_all_others_are_handled_
             assert office_metrics.total("foldbus_projection_skipped_total", projection="takings", reason="type") == 3
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(200)
 async def test_a_failing_handler_is_tried_again_then_answers_died_and_its_key_goes_on(pair: Pair) -> None:
     world = a_world()
     metrics = MemoryMetrics()
-    patient = replace(QUICK, parking=replace(QUICK.parking, total_s=3.0))  # far more than three attempts take
+    patient = replace(QUICK, parking=replace(QUICK.parking, total_s=6.0))  # far more than three attempts take
     async with pair.connect(world.till, metrics=metrics, settings=patient) as till:
-        before = asyncio.create_task(till.request(world.sell(till="t", n=1), timeout_s=30))
+        before = asyncio.create_task(till.request(world.sell(till="t", n=1), timeout_s=60))
         doomed = ids.new()
         answers = [
             before,
-            asyncio.create_task(till.request(world.sell(till="t", n=13), timeout_s=30, id=doomed)),
-            asyncio.create_task(till.request(world.sell(till="t", n=2), timeout_s=30)),
-            asyncio.create_task(till.request(world.sell(till="other", n=3), timeout_s=30)),
+            asyncio.create_task(till.request(world.sell(till="t", n=13), timeout_s=60, id=doomed)),
+            asyncio.create_task(till.request(world.sell(till="t", n=2), timeout_s=60)),
+            asyncio.create_task(till.request(world.sell(till="other", n=3), timeout_s=60)),
         ]
         first, died, after, other = await asyncio.gather(*answers, return_exceptions=True)
         assert [one.n for one in (first, after, other)] == [1, 2, 3]  # type: ignore[union-attr]
@@ -495,5 +495,5 @@ async def test_a_failing_handler_is_tried_again_then_answers_died_and_its_key_go
         assert (facts["x-dlq-attempts"], facts["x-dlq-error"]) == (b"%d" % attempts, b"RuntimeError")
 
         with pytest.raises(Died):  # asked again under its id: the answer stands, it is not tried again
-            await till.request(world.sell(till="t", n=13), timeout_s=30, id=doomed)
+            await till.request(world.sell(till="t", n=13), timeout_s=60, id=doomed)
         assert len(await till.store.dead_letters()) == 1

@@ -23,7 +23,7 @@ from foldbus import Command, Connection, Decider, Event, Key, SagaRun, Service, 
 from sagas import saga_id, saga_stream
 from tests.stories.pairs import Pair, eventually, unique
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(200)
 
 
 @pytest.fixture

@@ -125,19 +125,19 @@ class Shop:
         ran = subprocess.run(
             [sys.executable, "-c", REBUILD, self.store, self.bus, failpoint],
             env=self.environment,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         return ran.returncode
 
     def verified(self) -> dict[str, object]:
         """The report of the separate program, once the shop has come to rest."""
-        chosen = ("--store", self.store, "--bus", self.bus, "--journal", str(self.journal), "--wait", "60", "--json")
+        chosen = ("--store", self.store, "--bus", self.bus, "--journal", str(self.journal), "--wait", "120", "--json")
         ran = subprocess.run(
             [sys.executable, "-m", "shop.verify", *chosen],
             env=self.environment,
             capture_output=True,
-            timeout=120,
+            timeout=180,
             check=False,
         )
         assert ran.stdout, ran.stderr.decode()[-2000:]
@@ -163,19 +163,19 @@ def shop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield shop
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("failpoint", [name for name in FAILPOINTS if not name.endswith("-swap")])
 def test_a_worker_killed_there_loses_nothing_and_does_nothing_twice(shop: Shop, failpoint: str) -> None:
     service = DIES[failpoint.split("-", 1)[1]]
     shop.kill(service)
     shop.start(service, failpoint)
     shop.sell(failpoint)
-    assert shop.workers[service].wait(timeout=60) == -signal.SIGKILL, f"{service} was not killed at {failpoint}"
+    assert shop.workers[service].wait(timeout=120) == -signal.SIGKILL, f"{service} was not killed at {failpoint}"
     shop.start(service)
     assert shop.verified()["figures"] == asdict(plain_pass(iter(shop.sold))[0])
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("failpoint", ["before-swap", "after-swap"])
 def test_a_rebuild_killed_there_leaves_a_read_model_that_is_right_and_goes_on(shop: Shop, failpoint: str) -> None:
     shop.sell(failpoint)

@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 HUGE = 20_000_000
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 async def test_what_only_looks_wrong_is_handled_and_the_same_on_every_store(pair: Pair) -> None:
     """Clocks an hour off, a NUL in a text that the database's own text type refuses, a name twice in one JSON object
     (the last one counts), a position that nobody has reached."""
@@ -74,7 +74,7 @@ async def test_what_only_looks_wrong_is_handled_and_the_same_on_every_store(pair
         assert await all_letters(office.store) == []
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 async def test_twenty_megabytes_where_one_is_the_limit_are_a_dead_letter_with_all_of_them(pair: Pair) -> None:
     world = a_world()
     async with pair.transport() as outside:
@@ -86,9 +86,9 @@ async def test_twenty_megabytes_where_one_is_the_limit_are_a_dead_letter_with_al
             strangers = Strangers(
                 outside, [Bad(replace(good, value=value), ("a record of 2000", "wanted at most 1000000"))]
             )
-            await till.request(world.sell(till=KEYS[0], n=1), timeout_s=30)
+            await till.request(world.sell(till=KEYS[0], n=1), timeout_s=60)
             await strangers.one()
-            await till.request(world.sell(till=KEYS[0], n=2), timeout_s=30)
+            await till.request(world.sell(till=KEYS[0], n=2), timeout_s=60)
             letters = await eventually(lambda: all_letters(till.store), lambda found: len(found) == 1)
             check_letters(letters, world.till.name, strangers.places)
             (copy,) = await copies(outside, f"{world.till.name}.dlq", 1)
@@ -96,7 +96,7 @@ async def test_twenty_megabytes_where_one_is_the_limit_are_a_dead_letter_with_al
             assert 900_000 < len(copy.value) < 1_100_000
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 async def test_bombs_and_names_that_are_no_text_become_dead_letters_on_every_consumer(
     kafka: str, database: str
 ) -> None:
@@ -108,7 +108,7 @@ async def test_bombs_and_names_that_are_no_text_become_dead_letters_on_every_con
         pair.connect(world.till, metrics=metrics) as till,
         pair.connect(world.office, metrics=metrics) as office,
     ):
-        await till.request(world.sell(till=KEYS[0], n=1), timeout_s=30)
+        await till.request(world.sell(till=KEYS[0], n=1), timeout_s=60)
         packed, small = bomb(GZIP, 500_000_000), bomb(ZSTD, 100_000_000)
         named = batch(record(0, b"k", b"{}", [(b"\xff\xfe", b"x")]), 1)
         sent = {
@@ -118,7 +118,7 @@ async def test_bombs_and_names_that_are_no_text_become_dead_letters_on_every_con
         }
         at = await produce(kafka, sent)
         for n, key in enumerate(KEYS):
-            await till.request(world.sell(till=key, n=2 + n), timeout_s=30)
+            await till.request(world.sell(till=key, n=2 + n), timeout_s=60)
         view = office.view(world.takings)
         for n, key in enumerate(KEYS):
             row = await eventually(lambda key=key: view.get(key), lambda row, n=n: row is not None and 2 + n in row.ns)  # type: ignore[misc]
@@ -144,7 +144,7 @@ async def test_bombs_and_names_that_are_no_text_become_dead_letters_on_every_con
                 assert "(zstd, " in third.failure.message
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 async def test_records_whose_own_time_is_an_hour_off_are_handled(kafka: str, database: str) -> None:
     """Not the message's time but the record's, which a producer sets. (More than an hour ahead the broker refuses.)"""
     world = a_world()
@@ -198,7 +198,7 @@ def most_kb(pid: int) -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 async def test_a_worker_that_is_sent_gigabytes_in_bombs_never_has_more_memory_than_before(
     kafka: str, database: str, tmp_path: Path
 ) -> None:

@@ -65,7 +65,7 @@ class Program:
                     for key in KEYS:
                         unit.publish(self.module.Said(who=key, n=self.said))
                     self.said += 1
-            async with asyncio.timeout(40):
+            async with asyncio.timeout(80):
                 while await source.store.leases.position("relay") < await source.store.head():  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
 
@@ -75,17 +75,26 @@ class Program:
             **kept,
             "FOLDBUS_STORE": self.pair.store,
             "FOLDBUS_BUS": self.pair.bus,
-            "FOLDBUS_SESSION_TIMEOUT_S": "1.5",
+            "FOLDBUS_SESSION_TIMEOUT_S": "3",
             "PYTHONPATH": os.pathsep.join([str(self.directory), str(ROOT)]),
             **({"FOLDBUS_FAILPOINT": failpoint} if failpoint else {}),
         }
-        command = [sys.executable, "-m", "foldbus", "run", "tracking:app", "--quiet"]
-        self.worker = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, cwd=self.directory)
+        command = [sys.executable, "-m", "foldbus", "run", "tracking:app"]
+        with (self.directory / "log").open("ab") as log:
+            self.worker = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stderr=log, cwd=self.directory
+            )
+
+    @property
+    def taken_over(self) -> int:
+        """How often a worker was given partitions: once for each start, and again where its session ended meanwhile."""
+        lines = (self.directory / "log").read_text().splitlines()
+        return sum(f"{self.name}.handler." in line and "took over" in line for line in lines)
 
     def died(self) -> None:
         """The failpoint killed it."""
         assert self.worker is not None
-        assert self.worker.wait(timeout=40) == -signal.SIGKILL
+        assert self.worker.wait(timeout=80) == -signal.SIGKILL
         self.worker = None
 
     def close(self) -> None:
@@ -104,7 +113,7 @@ class Program:
         return found
 
     def until(self, there: Any) -> None:
-        until = time.monotonic() + 40
+        until = time.monotonic() + 80
         while not there(self.tracked):
             assert time.monotonic() < until, self.tracked
             assert self.worker is None or self.worker.poll() is None, "the worker has ended"
@@ -118,7 +127,7 @@ def program(request: pytest.FixtureRequest, pair: Pair, tmp_path: Path) -> Itera
     made.close()
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("program", ["most"], indirect=True)
 @pytest.mark.parametrize("failpoint", ["before-offset-commit", "after-offset-commit"])
 async def test_at_most_once_loses_at_most_its_batch_and_repeats_nothing(program: Program, failpoint: str) -> None:
@@ -146,7 +155,7 @@ async def test_at_most_once_loses_at_most_its_batch_and_repeats_nothing(program:
         assert lost <= {(key, number) for key in KEYS for number in range(4, 7)}
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("program", ["least"], indirect=True)
 async def test_at_least_once_loses_nothing_and_repeats_of_each_key_a_last_stretch(program: Program) -> None:
     """Killed at any moment, and then when it has handled what the group does not know of yet."""
@@ -168,6 +177,6 @@ async def test_at_least_once_loses_nothing_and_repeats_of_each_key_a_last_stretc
         jumps = [(one, other) for one, other in steps if other != one + 1]
         assert numbers[0] == 0
         assert all(other <= one for one, other in jumps), f"{key} lost something: {numbers}"
-        assert len(jumps) <= 2, f"{key} jumped back oftener than its worker was killed: {numbers}"
+        assert len(jumps) < program.taken_over, f"{key} jumped back oftener than it was taken over: {numbers}"
     repeated = [key for key in KEYS if program.tracked[key][len(before[key])] <= before[key][-1]]
     assert repeated, "nothing was repeated: the test proves nothing"

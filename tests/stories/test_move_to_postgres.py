@@ -53,13 +53,13 @@ async def sell(
             found = await count_shop(store, bus)
             return found.placed >= placed and found.completed + found.cancelled >= ended
 
-        await eventually(far, lambda reached: reached, timeout_s=60)
+        await eventually(far, lambda reached: reached, timeout_s=120)
         if ended == PURCHASES:
-            account = await verify(store, bus, journal=None, wait_s=30)
+            account = await verify(store, bus, journal=None, wait_s=90)
             assert account.findings.found == {}
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 async def test_the_shop_moves_to_postgresql_and_back_with_orders_under_way(tmp_path: Path, database: str) -> None:
     purchases = [one for one in read_purchases(FILE, limit=PURCHASES) if isinstance(one, Purchase)]
     assert len(purchases) == PURCHASES

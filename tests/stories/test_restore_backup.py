@@ -97,7 +97,7 @@ async def shown(story: Story, counters: Connection, watcher: Connection, *, own:
     async def look() -> tuple[list[int], list[int]]:
         return await seen(counters, story.own), await seen(watcher, story.foreign)
 
-    await eventually(look, lambda found: found == (own, foreign), timeout_s=40)
+    await eventually(look, lambda found: found == (own, foreign))
     assert await counters.store.dead_letters() == []
     assert await watcher.store.dead_letters() == []
 

@@ -20,7 +20,7 @@ from sagas import saga_id, saga_stream
 from sagas.events import StepScheduled
 from tests.stories.pairs import QUICK, Pair, eventually, unique
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(240)
 
 
 class Seen(BaseModel, frozen=True):
@@ -115,7 +115,7 @@ async def test_a_step_at_a_service_that_is_not_there_times_out_and_leaves_no_tra
     async with pair.connect(world.bank, worker=False):
         pass  # its topics exist; it does not run
     async with pair.connect(world.shop, metrics=metrics) as shop:
-        await shop.request(world.place(order="o-1"), timeout_s=30)
+        await shop.request(world.place(order="o-1"), timeout_s=60)
         stream = await saga_of(shop, "o-1")
         until_the_undo = [
             "saga-started",

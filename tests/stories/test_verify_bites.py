@@ -32,6 +32,8 @@ from shop.journal import Journal
 from shop.messages import PlaceOrder
 from tests.docs.blocks import ROOT
 
+pytestmark = pytest.mark.timeout(150)
+
 Damage = Callable[[Path], None]
 
 
