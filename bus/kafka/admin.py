@@ -16,6 +16,7 @@ from aiokafka.errors import (
     GroupCoordinatorNotAvailableError,
     GroupLoadInProgressError,
     IllegalGenerationError,
+    InvalidReplicationFactorError,
     KafkaError,
     NotCoordinatorForGroupError,
     RebalanceInProgressError,
@@ -42,6 +43,9 @@ retention, lest some stay twice as long (Kafka's own segments last a week)."""
 CHECK_S = 300.0
 """How often a broker looks for what is old enough, unless it is told otherwise (`log.retention.check.interval.ms`)."""
 _RETRY_S = 0.05
+_NO_BROKERS_S = 5.0
+"""A cluster whose brokers are just back has none to put a replica on, and says that the replication is wrong. So long
+it is asked again; then it is wrong."""
 _NO_ERROR = 0
 _MOVING = (GroupCoordinatorNotAvailableError, GroupLoadInProgressError, NotCoordinatorForGroupError)
 """The broker makes its offsets topic, or a coordinator moves: ask again."""
@@ -92,13 +96,22 @@ class KafkaAdmin:
         ]
         async with self._bounded("creating topics"):
             client = await self._started()
-            response = await client.create_topics(new)
-            for name, code, *message in response.topic_errors:
-                error = for_code(code)
-                if code != _NO_ERROR and error is not TopicAlreadyExistsError:
-                    raise _failed(
-                        f"topic {name!r} was not created: {error.__name__} {message[0] if message else ''}", error
-                    )
+            give_up_at = asyncio.get_running_loop().time() + _NO_BROKERS_S
+            while new:
+                response = await client.create_topics(new)
+                again: set[str] = set()
+                for name, code, *message in response.topic_errors:
+                    error = for_code(code)
+                    if code == _NO_ERROR or error is TopicAlreadyExistsError:
+                        continue
+                    if error is not InvalidReplicationFactorError or asyncio.get_running_loop().time() >= give_up_at:
+                        raise _failed(
+                            f"topic {name!r} was not created: {error.__name__} {message[0] if message else ''}", error
+                        )
+                    again.add(name)
+                new = [topic for topic in new if topic.name in again]
+                if new:
+                    await asyncio.sleep(_RETRY_S)
             await self._until_usable(client, wanted)
 
     async def offsets(self, topic: str) -> Mapping[int, tuple[Offset, Offset]]:

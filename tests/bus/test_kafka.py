@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from aiokafka.conn import AIOKafkaConnection
 from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.consumer.subscription_state import SubscriptionState
-from aiokafka.errors import CorruptRecordException, OutOfOrderSequenceNumber
+from aiokafka.errors import CorruptRecordException, InvalidReplicationFactorError, OutOfOrderSequenceNumber
 from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulator
 from aiokafka.producer.sender import Sender
 from aiokafka.protocol.metadata import MetadataRequest
@@ -587,6 +588,36 @@ async def test_asking_about_a_topic_never_creates_it(kafka: str, monkeypatch: py
                 pass
         assert len(asked) >= 4
         assert set(asked) == {(ghost, False)}
+
+
+@pytest.mark.parametrize("broker", ["is soon back", "is not there"])
+async def test_a_topic_is_created_once_the_cluster_has_a_broker_for_it(
+    kafka: str, broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then it says that a replication of one is too much; an answer that stays so is told."""
+    monkeypatch.setattr("bus.kafka.admin._NO_BROKERS_S", 30.0 if broker == "is soon back" else 0.2)
+    asked: list[list[str]] = []
+    create = AIOKafkaAdminClient.create_topics
+
+    async def fenced(self: Any, topics: Any) -> Any:
+        asked.append([topic.name for topic in topics])
+        if broker == "is soon back" and len(asked) == 3:
+            return await create(self, topics)
+        made = await create(self, topics[1:]) if len(asked) == 1 else None
+        refused = (topics[0].name, InvalidReplicationFactorError.errno, "no brokers")
+        return SimpleNamespace(topic_errors=[refused, *(made.topic_errors if made else ())])
+
+    monkeypatch.setattr(AIOKafkaAdminClient, "create_topics", fenced)
+    late, early = unique("late"), unique("early")
+    async with opened(kafka) as transport:
+        creating = transport.admin.create([TopicSpec(late, 2), TopicSpec(early, 1)])
+        if broker == "is soon back":
+            await creating
+            assert asked == [[late, early], [late], [late]]
+            assert (await transport.admin.describe([late]))[late].partitions == 2
+        else:
+            with pytest.raises(BusError, match=f"'{late}' was not created: InvalidReplicationFactorError no brokers"):
+                await creating
 
 
 async def test_a_compacted_topic_refuses_a_record_without_a_key_and_no_other(kafka: str) -> None:
