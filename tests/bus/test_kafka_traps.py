@@ -254,15 +254,15 @@ async def test_markers_of_others_transactions_hold_up_no_commit_and_what_they_to
                     await producer.send_and_wait(topic, b"taken back", partition=0)
                     await producer.abort_transaction()
                     await put(transport, topic, "plain")
-                    wanted = 4 * turn + 5  # kept, marker, taken back, marker, plain: the plain one is the last
-                    await eventually(
-                        lambda wanted=wanted: processor.stored.get((topic, 0), 0) >= wanted, what="the commit moves"
-                    )
+                    handled = 2 * turn + 2
+                    await eventually(lambda handled=handled: len(processor.handled) >= handled, what="both are handled")
         finally:
             await producer.stop()
         assert [key for key, _ in processor.handled] == ["kept", "plain"] * 3
-        (committed,) = (await transport.admin.committed(group, [topic])).values()
-        assert committed == (await transport.admin.offsets(topic))[0][1]
+        # The broker answers an end of a transaction before its marker is written: the last one may follow the record.
+        last, (_, end) = processor.handled[-1][1], (await transport.admin.offsets(topic))[0]
+        assert last in (end - 1, end - 2)
+        assert list((await transport.admin.committed(group, [topic])).values()) == [last + 1]
         async with member(transport, group, topic) as again:
             await eventually(lambda: len(again.listener.held) == 1, what="joined again")
             await put(transport, topic, "last")
