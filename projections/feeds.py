@@ -218,7 +218,8 @@ class TopicFeed:
         reader = AsyncExitStack()
         start = {part: place.offset for part, place in places.items()}
         self._consumer = await reader.enter_async_context(self._transport.tail(self.topic, start=start))
-        self._reader, self._next, self._ends_at = reader, start, float("-inf")
+        self._reader, self._next = reader, start
+        self._ends, self._ends_at = {}, float("-inf")
         return self._consumer
 
     async def _poll(self, consumer: Consumer, limit: int, timeout_s: float) -> list[Delivery]:
@@ -232,15 +233,18 @@ class TopicFeed:
     async def _look_at_ends(self, consumer: Consumer, *, fresh: bool) -> None:
         """`fresh`: asked now, or under way. Otherwise not much older than a second, and nothing that was read waits for
         the answer: a broker takes up one request of a connection after the other, and the next fetch is before it."""
-        looking = self._looking
-        if looking is not None and looking.done():
-            self._looking = None
-            looking.result()
+        if self._looking is not None and self._looking.done():
+            self._looked(self._looking)
         if self._looking is None and (fresh or self._clock.monotonic() - self._ends_at >= _ENDS_EVERY_S):
             self._looking = asyncio.create_task(self._look(consumer))
         if self._looking is not None and (fresh or not self._ends):
-            await asyncio.shield(self._looking)
-            self._looking = None
+            await asyncio.wait({self._looking})  # who cancels us leaves it under way
+            self._looked(self._looking)
+
+    def _looked(self, looking: asyncio.Task[None]) -> None:
+        """Raises, once, why the ends are not known."""
+        self._looking = None
+        looking.result()
 
     async def _look(self, consumer: Consumer) -> None:
         self._ends = {part.partition: end for part, end in (await consumer.end_offsets()).items()}

@@ -10,7 +10,7 @@ import pytest
 
 from bus.cloudevents import to_record
 from bus.envelope import StreamId
-from bus.errors import MissingTopics
+from bus.errors import MissingTopics, TransportUnavailable
 from bus.metrics import MemoryMetrics
 from bus.transport import Outgoing, TopicSpec, Transport
 from eventstore.port import Append, Unit
@@ -245,6 +245,35 @@ async def test_what_was_read_does_not_wait_for_the_ends_of_its_partitions(
         may_answer.set()
         page = await feed.read(checkpoint, limit=10)
         assert (page.records, page.behind) == ([], 0)
+
+
+async def test_ends_that_could_not_be_had_are_told_once(
+    transport: Transport, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with topic_feed(transport, topic) as feed:
+        _, page = await drained(feed, Checkpoint(), n=0)
+        consumer = feed._consumer
+        assert consumer is not None
+        ask = consumer.end_offsets
+
+        async def once() -> Any:
+            monkeypatch.setattr(consumer, "end_offsets", ask)
+            raise TransportUnavailable("away for a moment")
+
+        monkeypatch.setattr(consumer, "end_offsets", once)
+        with pytest.raises(TransportUnavailable):
+            await feed.read(page.checkpoint, limit=10)
+        assert (await feed.read(page.checkpoint, limit=10)).behind == 0
+
+
+async def test_who_goes_back_is_told_how_much_is_behind_by_todays_ends(transport: Transport, topic: str) -> None:
+    async with topic_feed(transport, topic) as feed:
+        await moved(transport, topic, 0, 1)
+        await drained(feed, Checkpoint(), n=1)
+        for n in range(1, 5):
+            await moved(transport, topic, n, n + 1)
+        page = await feed.read(Checkpoint(), limit=1, timeout_s=30.0)
+        assert (len(page.records), page.behind) == (1, 4)
 
 
 async def test_a_missing_topic_says_so_and_is_read_once_it_is_there(transport: Transport) -> None:
