@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import sqlite3
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
@@ -17,21 +16,18 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
-from sqlalchemy import Connection, event
-from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.util import await_only
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from bus.envelope import Offset, Position, StreamId, Version
 from bus.metrics import MemoryMetrics, Metrics
 from bus.seams import Clock, SystemClock
 from eventstore import rows
 from eventstore.checks import check_units
-from eventstore.errors import CheckpointAhead, EventStoreError, StoreUnavailable
+from eventstore.errors import CheckpointAhead, EventStoreError
 from eventstore.flow import Flow, Inbox
 from eventstore.parking import Effects, Parking
 from eventstore.port import (
@@ -60,7 +56,6 @@ from eventstore.sqlite import choosing, migrations, reading
 from eventstore.sqlite.archive import SqliteArchive
 from eventstore.sqlite.database import Mergeable, SqliteDatabase
 from eventstore.sqlite.effects import SqliteEffects
-from eventstore.sqlite.faults import is_busy, translated
 from eventstore.sqlite.flow import SqliteFlow, SqliteInbox
 from eventstore.sqlite.leases import SqliteLeases
 from eventstore.sqlite.letters import SqliteLetters
@@ -69,28 +64,15 @@ from eventstore.sqlite.relaying import SqliteRecords
 from eventstore.sqlite.session import DriverSession, Session, SqlalchemySession
 from eventstore.sqlite.snapshots import SqliteSnapshots
 from eventstore.sqlite.timers import SqliteTimers
+from eventstore.sqlite.transactions import SqliteTransactions, SqliteTx, fault_of
 from eventstore.sqlite.units import Call, ParkedKey, Written, commit_calls
 from eventstore.sqlite.watch import Watch
-
-if TYPE_CHECKING:
-    import aiosqlite
 
 log = logging.getLogger("foldbus.eventstore")
 
 T = TypeVar("T")
 
 _FORGET_AT_ONCE = 5_000
-
-
-class SqliteTx:
-    """A transaction of this store: it holds the file's write lock from its first moment."""
-
-    def __init__(self, sql: AsyncConnection) -> None:
-        self._sql = sql
-
-    @property
-    def sql(self) -> AsyncConnection:
-        return self._sql
 
 
 class SqliteStore:
@@ -117,11 +99,7 @@ class SqliteStore:
         self._parking = SqliteParking(database, clock, self._commit_unit, self._undoably)
         self._effects = SqliteEffects(database, clock, self._commit_unit, self._undoably)
         self.records = SqliteRecords(database, self._watch.saw)
-        self._engine: AsyncEngine | None = None
-        self._transactions = asyncio.Lock()
-        self._ending: set[asyncio.Future[None]] = set()
-        self._reading_engine: AsyncEngine | None = None
-        self._random = random.Random()
+        self._transactions = SqliteTransactions(database, clock, metrics)
 
     @classmethod
     @asynccontextmanager
@@ -152,9 +130,7 @@ class SqliteStore:
                 yield self
             finally:
                 await self._watch.close()
-                for engine in (self._engine, self._reading_engine):
-                    if engine is not None:
-                        await engine.dispose()
+                await self._transactions.dispose()
 
     @classmethod
     async def migrate(cls, path: str | PathLike[str], *, service: str) -> None:
@@ -348,50 +324,12 @@ class SqliteStore:
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncGenerator[Tx]:
-        if self._engine is None:
-            self._engine = self._make_engine()
-        async with self._turn(), self._engine.connect() as connection:
-            try:
-                await connection.begin()
-            except (sqlite3.Error, DBAPIError) as error:
-                raise self._fault(error) from error
-            try:
-                yield SqliteTx(connection)
-            except BaseException:
-                await connection.rollback()
-                raise
-            try:
-                await connection.commit()
-            except DBAPIError as error:
-                raise self._fault(error) from error
+        async with self._transactions.begin() as tx:
+            yield tx
         self._watch.look()
 
-    @asynccontextmanager
-    async def _turn(self) -> AsyncGenerator[None]:
-        """Those of one process queue up here, in order: asking for the file's lock side by side, each again every
-        millisecond, they would be a third as fast."""
-        busy_s = self.database.busy_s
-        try:
-            async with asyncio.timeout(busy_s):
-                await self._transactions.acquire()
-        except TimeoutError:
-            raise StoreUnavailable(
-                f"{self.database.path}: other transactions of this process went on for {busy_s:g} s; none was begun"
-            ) from None
-        try:
-            yield
-        finally:
-            self._transactions.release()
-
-    @asynccontextmanager
-    async def reading(self) -> AsyncGenerator[Tx]:
-        if self._reading_engine is None:
-            self._reading_engine = self._make_reading_engine()
-        async with self._reading_engine.connect() as connection:
-            try:
-                yield SqliteTx(connection)
-            finally:
-                await connection.rollback()
+    def reading(self) -> AbstractAsyncContextManager[Tx]:
+        return self._transactions.reading()
 
     async def take(self, tx: Tx, consumer: str, message_id: UUID, *, key: str | None = None) -> Standing:
         """The file's write lock is all the waiting that there is."""
@@ -401,7 +339,7 @@ class SqliteStore:
                 lambda connection: reading.examine(SqlalchemySession(connection), consumer, [(message_id, key)])
             )
         except DBAPIError as error:
-            raise self._fault(error) from error
+            raise fault_of(error, self.database.path) from error
         return standing
 
     def committed(self) -> None:
@@ -423,7 +361,7 @@ class SqliteStore:
                 raise
             await connection.exec_driver_sql("RELEASE foldbus_commit")
         except DBAPIError as error:
-            raise self._fault(error) from error
+            raise fault_of(error, self.database.path) from error
         return result
 
     async def _make_sure_it_is_open(self, connection: AsyncConnection, *, own: bool) -> None:
@@ -442,79 +380,6 @@ class SqliteStore:
                     f"tx is a transaction on {main or 'a database in memory'}, wanted one on {self.database.path}; "
                     "nothing was written"
                 )
-
-    def _make_engine(self) -> AsyncEngine:
-        engine = create_async_engine(
-            f"sqlite+aiosqlite:///{self.database.path.absolute()}", connect_args={"timeout": 0}
-        )
-
-        @event.listens_for(engine.sync_engine, "connect")
-        def on_connect(connection: DBAPIConnection, _: object) -> None:
-            # The driver shall not begin by itself: it would do so late, and deferred.
-            connection.isolation_level = None
-            cursor = connection.cursor()
-            cursor.execute("PRAGMA synchronous=FULL")
-            cursor.close()
-
-        @event.listens_for(engine.sync_engine, "begin")
-        def on_begin(connection: Connection) -> None:
-            give_up_at = self._clock.monotonic() + self.database.busy_s
-            while True:
-                cursor = connection.connection.cursor()
-                try:
-                    cursor.execute("BEGIN IMMEDIATE")
-                    return
-                except sqlite3.Error as error:
-                    if not is_busy(error) or self._clock.monotonic() >= give_up_at:
-                        raise
-                    self._metrics.count("foldbus_store_busy_retries_total", store="sqlite")
-                    await_only(asyncio.sleep(self._random.uniform(0.0005, 0.0015)))
-                finally:
-                    cursor.close()
-
-        @event.listens_for(engine.sync_engine, "invalidate")
-        def on_invalidate(connection: Any, _record: object, _error: object) -> None:
-            # Its statement was cancelled, and it is closed next. Closed with a statement that somebody still refers to
-            # (a traceback does), a connection keeps the file's lock until the garbage collector comes by.
-            ending = asyncio.ensure_future(_give_back(connection.driver_connection))
-            self._ending.add(ending)
-            ending.add_done_callback(self._ending.discard)
-
-        _ = on_connect, on_begin, on_invalidate
-        return engine
-
-    def _make_reading_engine(self) -> AsyncEngine:
-        engine = create_async_engine(
-            f"sqlite+aiosqlite:///{self.database.path.absolute()}", connect_args={"timeout": self.database.busy_s}
-        )
-
-        @event.listens_for(engine.sync_engine, "connect")
-        def on_connect(connection: DBAPIConnection, _: object) -> None:
-            connection.isolation_level = None
-            cursor = connection.cursor()
-            cursor.execute("PRAGMA query_only=ON")
-            cursor.close()
-
-        @event.listens_for(engine.sync_engine, "begin")
-        def on_begin(connection: Connection) -> None:
-            connection.exec_driver_sql("BEGIN")  # its snapshot is that of its first statement
-
-        _ = on_connect, on_begin
-        return engine
-
-    def _fault(self, error: sqlite3.Error | DBAPIError) -> BaseException:
-        """The store's own error for what the driver raised, or that itself."""
-        cause = error.orig if isinstance(error, DBAPIError) else error
-        if cause is None:
-            return error
-        return translated(cause, str(self.database.path))
-
-
-async def _give_back(connection: aiosqlite.Connection) -> None:
-    """What it is at comes to nothing, and with it its transaction."""
-    await connection.interrupt()
-    with contextlib.suppress(sqlite3.Error, ValueError):  # gone already
-        await connection.rollback()
 
 
 class _CommitWork(Mergeable):

@@ -552,31 +552,39 @@ async def test_a_transaction_that_waits_for_another_of_its_process_too_long_says
                 raise AssertionError("begun")
 
 
-async def test_a_statement_that_is_cancelled_gives_the_files_lock_back_at_once(path: Path) -> None:
+@pytest.mark.parametrize("kind", ["transaction", "reading"])
+async def test_a_statement_that_is_cancelled_ends_and_gives_the_files_lock_back(path: Path, kind: str) -> None:
     """Though a traceback still refers to the statement, and nothing collects it."""
-    long = "with recursive n(x) as (select 1 union all select x + 1 from n where x < 30000000) select count(*) from n"
+    minutes = (
+        "with recursive n(x) as (select 1 union all select x + 1 from n where x < 300000000) select count(*) from n"
+    )
     other = sqlite3.connect(path, timeout=20, isolation_level=None, check_same_thread=False)
     async with SqliteStore.open(path, service=SERVICE) as store:
-        at_work = asyncio.Event()
+        at_work, driver, half_read = asyncio.Event(), list[Any](), list[Any]()
 
         async def work() -> None:
-            async with store.transaction() as tx:
-                driver: Any = (await tx.sql.get_raw_connection()).driver_connection
+            async with getattr(store, kind)() as tx:
+                driver.append((await tx.sql.get_raw_connection()).driver_connection)
+                half_read.append(await tx.sql.stream(text("select * from sqlite_schema")))
+                await half_read[0].fetchone()
                 loop = asyncio.get_running_loop()
-                await driver.set_progress_handler(lambda: loop.call_soon_threadsafe(at_work.set) and None, 10_000)
-                await tx.sql.execute(text(long))
+                await driver[0].set_progress_handler(lambda: loop.call_soon_threadsafe(at_work.set) and None, 10_000)
+                await tx.sql.execute(text(minutes))
 
         gc.disable()
         try:
             task = asyncio.create_task(work())
             await asyncio.wait_for(at_work.wait(), 30)
             task.cancel()
+            assert (await asyncio.wait({task}, timeout=20))[0], "who cancels waits for the statement"
             with pytest.raises(asyncio.CancelledError) as kept:
                 await task
             await asyncio.to_thread(other.execute, "BEGIN IMMEDIATE")
+            await asyncio.to_thread(driver[0]._thread.join, 20)
+            assert not driver[0]._thread.is_alive(), "the statement goes on"
             assert kept.tb is not None
         finally:
             gc.enable()
             other.close()
-        async with store.transaction() as tx:
+        async with getattr(store, kind)() as tx:
             assert (await tx.sql.execute(text("select 1"))).scalar_one() == 1
