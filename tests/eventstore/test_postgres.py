@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -646,15 +647,21 @@ async def test_the_servers_clock_is_not_taken_for_behind_when_its_answer_is_long
     store: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is delayed from now on would be due too early."""
-    fetch = store.timers._fetch
+    clock, fetch = Clock(), store.timers._fetch
 
-    async def slow(*query: Any) -> Any:
+    async def an_hour(*query: Any) -> Any:
         found = await fetch(*query)
-        await asyncio.sleep(0.5)
+        clock.hours = 1
         return found
 
-    monkeypatch.setattr(store.timers, "_fetch", slow)
+    monkeypatch.setattr(store.timers, "_clock", clock)
+    monkeypatch.setattr(store.timers, "_fetch", an_hour)
     assert await store.timers.next_due() is None
-    async with store.transaction() as tx:
-        before = (await tx.sql.execute(text("select clock_timestamp()"))).scalar_one()
-    assert store.timers.now() >= before
+    assert store.timers.now() >= clock.now() - timedelta(minutes=1)
+
+
+class Clock(SystemClock):
+    hours = 0
+
+    def now(self) -> datetime:
+        return super().now() + timedelta(hours=self.hours)
