@@ -96,7 +96,7 @@ class KafkaAdmin:
         ]
         async with self._bounded("creating topics"):
             client = await self._started()
-            give_up_at = asyncio.get_running_loop().time() + _NO_BROKERS_S
+            give_up_at = asyncio.get_running_loop().time() + min(_NO_BROKERS_S, self._timeout_s / 2)
             while new:
                 response = await client.create_topics(new)
                 again: set[str] = set()

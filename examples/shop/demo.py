@@ -259,8 +259,10 @@ async def _wait_for_insights(
         view = connection.view(insights.customers)
 
         async def counted() -> int:
-            rows = [row async for _, row in view.rows()]
-            return sum(row.placed + row.completed + sum(row.cancelled.values()) for row in rows)
+            found = 0
+            async for _, row in view.rows():
+                found += row.placed + row.completed + sum(row.cancelled.values())
+            return found
 
         with progress.task("insights", 2 * placed):
             await _wait_for(2 * placed, counted, "insights", workers, options, progress)
