@@ -157,9 +157,11 @@ class Folder(Generic[Row]):
         row = before
         try:
             for _, event in entries:
-                row = fold(row, event)
-            if row is not None:
-                check(row)
+                after = fold(row, event)
+                # Each, not the last alone: whether an event is at fault must not depend on where its page ends.
+                if after is not None and after is not row:
+                    check(after)
+                row = after
         except Exception:
             row = self._fold_slowly(before, entries, done)
         if row is not before:

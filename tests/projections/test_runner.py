@@ -12,6 +12,7 @@ import pytest
 from bus.cloudevents import to_record
 from bus.envelope import StreamId, Token
 from bus.errors import Fenced, MissingTopics
+from bus.messages import Event
 from bus.metrics import MemoryMetrics
 from bus.partitioner import partition_of
 from bus.transport import Outgoing, TopicSpec, Transport
@@ -236,6 +237,27 @@ async def test_a_row_that_could_not_be_read_again_is_the_events_fault_and_not_th
         await caught_up(shop, await store.head())
     assert {key: row.placed for key, row in (await all_rows(shop.rows)).items()} == {"c0": 10, "c1": 9}
     assert len(await store.dead_letters()) == 1
+
+
+@pytest.mark.parametrize("page", [1, 50])
+@pytest.mark.parametrize("then", [Placed(order_id="3", customer_id="a"), Closed(order_id="3", customer_id="a")])
+async def test_an_event_is_to_blame_wherever_its_page_ends(store: Any, page: int, then: Event) -> None:
+    """Though the next one mends what it did, or takes it away: a rebuild, whose pages end elsewhere, must agree."""
+
+    @projection("forgetful", version=1, key=by_customer)
+    def forgetful(row: Customer | None, event: Placed | Closed) -> Customer | None:
+        count: Any = event.order_id if event.order_id == "2" else 1 if row is None else int(row.placed) + 1
+        return None if isinstance(event, Closed) else Customer.model_construct(customer_id="a", placed=count, cents=0)
+
+    shop = workshop(store, forgetful, settings=replace(SETTINGS, page=page))
+    await append(store, Placed(order_id="1", customer_id="a"), Placed(order_id="2", customer_id="a"), then)
+    async with running(ProjectionRunner(shop)):
+        await caught_up(shop, await store.head())
+    (letter,) = await store.dead_letters()
+    assert letter.failure.error == "BadRow"
+    assert {key: row.placed for key, row in (await all_rows(shop.rows)).items()} == (
+        {} if isinstance(then, Closed) else {"a": 2}
+    )
 
 
 async def test_a_store_that_fails_for_a_while_is_only_a_delay(store: Any) -> None:
