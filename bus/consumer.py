@@ -295,6 +295,8 @@ class ConsumerEngine:
             self._stop.set()
             self._queues.close()
             self._queues.progress.set()
+            if self._partitions.consumer is not None:
+                self._partitions.consumer.wake()
 
     async def _end(self, pump: asyncio.Task[None]) -> None:
         """Leaving the group's context revokes, which drains and commits; then timers' messages may end, too."""

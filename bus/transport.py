@@ -127,6 +127,10 @@ class Consumer(Protocol):
         """
         ...
 
+    def wake(self) -> None:
+        """A poll that waits, or else the next one, returns at once, be it with nothing. Told twice, it is told once."""
+        ...
+
     def pause(self, parts: Collection[Assignment]) -> None:
         """Nothing more from these parts until `resume`. Unknown or stale parts are ignored."""
         ...

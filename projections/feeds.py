@@ -223,7 +223,7 @@ class TopicFeed:
         return self._consumer
 
     async def _poll(self, consumer: Consumer, limit: int, timeout_s: float) -> list[Delivery]:
-        """A poll must not be cancelled: who cancels us leaves it running, and `_close` waits for its end."""
+        """A poll must not be cancelled: who cancels us leaves it running, and `_close` ends it."""
         polling = asyncio.ensure_future(consumer.poll(max_records=limit, timeout_s=timeout_s))
         self._polling = polling
         found = await asyncio.shield(polling)
@@ -253,13 +253,16 @@ class TopicFeed:
     async def _close(self) -> None:
         polling, self._polling = self._polling, None
         looking, self._looking = self._looking, None
-        reader, self._reader, self._consumer = self._reader, None, None
+        consumer, self._consumer = self._consumer, None
+        reader, self._reader = self._reader, None
         try:
+            if polling is not None and consumer is not None:
+                consumer.wake()
             if looking is not None:
                 looking.cancel()
             pending = [task for task in (polling, looking) if task is not None]
             if pending:
-                await asyncio.wait(pending)  # bounded by the poll's own timeout
+                await asyncio.wait(pending)
                 for task in pending:
                     if not task.cancelled():
                         task.exception()

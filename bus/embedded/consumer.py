@@ -39,6 +39,16 @@ class Reader:
         self._hub, self._clock = hub, clock
         self._parts: dict[int, _Part] = {}
         self._turn = 0
+        self._told = False
+
+    def wake(self) -> None:
+        self._told = True
+        self._hub.wake(self)
+
+    def _was_told(self) -> bool:
+        """To return from its poll; asked once."""
+        told, self._told = self._told, False
+        return told
 
     def concerns(self, lanes: set[int], groups: set[int]) -> bool:
         return not lanes.isdisjoint(self._parts)
@@ -128,7 +138,7 @@ class Tail(Reader):
             if records := await self._read(max_records):
                 return records
             left_s = until - self._clock.monotonic()
-            if left_s <= 0:
+            if left_s <= 0 or self._was_told():
                 return ()
             await self._hub.wait(self, timeout_s=left_s)
 
@@ -201,7 +211,7 @@ class Member(Reader):
                     if records := await self._read(max_records):
                         return records
                     left_s = until - self._clock.monotonic()
-                    if left_s <= 0:
+                    if left_s <= 0 or self._was_told():
                         break
                     await self._hub.wait(self, timeout_s=left_s)
                 return ()

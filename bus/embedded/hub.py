@@ -18,13 +18,9 @@ from bus.embedded.writer import connect, is_busy
 from bus.envelope import Offset
 from bus.errors import TransportUnavailable
 from bus.seams import Clock
+from bus.ticks import Pace
 
 T = TypeVar("T")
-
-FASTEST_S = 0.003
-SLOWEST_S = 0.02
-FAST_FOR_S = 0.5
-"""How long after a change the file is watched closely; after that, less and less."""
 
 
 class Waiting(Protocol):
@@ -50,8 +46,7 @@ class Hub:
         self._data_version = -1
         self._waiting: dict[Waiting, asyncio.Future[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._every_s = FASTEST_S
-        self._changed_at = 0.0
+        self._pace = Pace(self._loop.time())
 
     def close(self) -> None:
         if self._timer is not None:
@@ -101,7 +96,7 @@ class Hub:
                 lanes.add(number)
             if touched > self._seen:
                 self._seen = touched
-        self._changed_at, self._every_s = self._clock.monotonic(), FASTEST_S
+        self._pace.changed(self._loop.time())
         for who, future in self._waiting.items():
             if not future.done() and who.concerns(lanes, groups):
                 future.set_result(None)
@@ -111,7 +106,7 @@ class Hub:
         future = self._waiting[who] = self._loop.create_future()
         limit = self._loop.call_later(timeout_s, self.wake, who)
         if self._timer is None:
-            self._timer = self._loop.call_later(self._every_s, self._look)
+            self._timer = self._loop.call_at(self._pace.next_look(self._loop.time()), self._look)
         try:
             await future
         finally:
@@ -135,7 +130,5 @@ class Hub:
             changed = True  # `refresh` knows what to make of it
         if changed:
             self.refresh()
-        if self._clock.monotonic() - self._changed_at > FAST_FOR_S:
-            self._every_s = min(self._every_s * 1.2, SLOWEST_S)
         if self._waiting:
-            self._timer = self._loop.call_later(self._every_s, self._look)
+            self._timer = self._loop.call_at(self._pace.next_look(self._loop.time()), self._look)

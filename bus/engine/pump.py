@@ -29,6 +29,8 @@ log = logging.getLogger("foldbus.bus")
 
 SHORT_POLL_S = 0.02
 """How long a poll may wait while some parts are paused: they resume between polls."""
+PAUSED_S = 0.2
+"""How long nothing is polled while all parts are paused and no lane makes room."""
 JOIN_S = 60.0
 """How long finding the topics and reaching the broker takes at most; the transport gives up before."""
 
@@ -107,7 +109,7 @@ class Pump:
             elif timeout_s == 0:
                 # All is paused: sleep until a lane has made room, but not past the time of the next poll.
                 self._queues.progress.clear()
-                await set_within(self._queues.progress, self._settings.poll_timeout_s)
+                await set_within(self._queues.progress, min(PAUSED_S, self._settings.poll_timeout_s))
 
     async def _unavailable(self, what: str, error: Exception, failures: int) -> None:
         wait_s = self._settings.backoff_s(failures, self._rng)

@@ -33,7 +33,7 @@ class EngineSettings:
     spread_max: int = 50_000
     offers_max: int = 500
     lanes: int = 1
-    poll_timeout_s: float = 0.2
+    poll_timeout_s: float = 1.0
     attempts_max: int = 5
     retry_base_s: float = 0.05
     retry_max_s: float = 5.0

@@ -49,7 +49,7 @@ class KafkaMember:
         self._lost = False
         self._revocation: asyncio.Future[None] | None = None
         self._given: frozenset[TopicPartition] | None = None
-        self._leaving = False
+        self._leaving = self._told = False
 
     def join(self) -> None:
         self._reader.raw.subscribe(list(self._topics), listener=_Callbacks(self))
@@ -67,8 +67,13 @@ class KafkaMember:
             else:
                 self._check()
                 await self._reader.wait(left)
-            if loop.time() >= until and self._revocation is None:
+            if (loop.time() >= until or self._told) and self._revocation is None:
+                self._told = False
                 return ()
+
+    def wake(self) -> None:
+        self._told = True
+        self._reader.wake()
 
     def pause(self, parts: Collection[Assignment]) -> None:
         self._reader.pause(parts)
@@ -228,15 +233,20 @@ class KafkaTail:
     """A `Consumer` of all partitions, without a group."""
 
     def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+        self._reader, self._told = reader, False
 
     async def poll(self, *, max_records: int, timeout_s: float) -> Sequence[Delivery]:
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout_s
         while True:
             records = await self._reader.take(max_records=max_records, timeout_s=until - loop.time())
-            if records or loop.time() >= until:
+            if records or self._told or loop.time() >= until:
+                self._told = False
                 return records
+
+    def wake(self) -> None:
+        self._told = True
+        self._reader.wake()
 
     def pause(self, parts: Collection[Assignment]) -> None:
         self._reader.pause(parts)

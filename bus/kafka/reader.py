@@ -29,7 +29,7 @@ log = logging.getLogger("foldbus.bus")
 
 T = TypeVar("T")
 
-SLICE_S = 0.25
+SLICE_S = 0.5
 """A fetch waits no longer than this for records; then it is asked again."""
 UNREADABLE_RETRY_S = 30.0
 STOP_TIMEOUT_S = 10.0

@@ -2,7 +2,8 @@
 
 Within a process a commit wakes at once. Other processes are told by NOTIFY on a connection of its own, at most
 `_NOTIFY_INTERVAL_S` apart and never inside an append's transaction: there it takes a lock of the whole server until the
-commit is on disk, which costs up to nine tenths of the appends. Polling is the safety net under both.
+commit is on disk, which costs up to nine tenths of the appends. Polling is the safety net under both; it is wider while
+that connection stands.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from eventstore.postgres.errors import DRIVER_ERRORS
 log = logging.getLogger("foldbus.eventstore")
 
 _NOTIFY_INTERVAL_S = 0.01
-_POLL_S = 0.25
+_POLL_S, _POLL_LISTENING_S = 0.25, 1.0
+"""The wider one is for a process that was killed between its commit and telling it."""
 _FLOOR_POLL_S = 0.005
 _RECONNECT_S = 0.5
 
@@ -77,6 +79,7 @@ class Wakeups:
         self._dsn, self._channel, self._metrics = dsn, channel, metrics
         self._event = asyncio.Event()
         self._tell = asyncio.Event()
+        self.listening = False
 
     def woken(self) -> asyncio.Event:
         """Set at the next wake-up. Take it before looking, wait for it after finding nothing."""
@@ -117,6 +120,7 @@ class Wakeups:
 
             db.add_termination_listener(ended)
             await db.add_listener(self._channel, told)
+            self.listening = True
             self._wake()
             while True:
                 await self._tell.wait()
@@ -126,6 +130,7 @@ class Wakeups:
                 await db.execute(f"notify {self._channel}", timeout=10)
                 await asyncio.sleep(_NOTIFY_INTERVAL_S)
         finally:
+            self.listening = False
             db.terminate()
 
 
@@ -141,7 +146,8 @@ async def wait_past(watermark: Watermark, wakeups: Wakeups, position: Position, 
         left = until - loop.time()
         if left <= 0:
             return
-        pause = min(pause * 2, _POLL_S) if watermark.drawn > position else _POLL_S
+        quiet_s = _POLL_LISTENING_S if wakeups.listening else _POLL_S
+        pause = min(pause * 2, _POLL_S) if watermark.drawn > position else quiet_s
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(pause, left)):
                 await woken.wait()

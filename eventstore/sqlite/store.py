@@ -129,7 +129,7 @@ class SqliteStore:
             try:
                 yield self
             finally:
-                await self._watch.close()
+                self._watch.close()
                 await self._transactions.dispose()
 
     @classmethod

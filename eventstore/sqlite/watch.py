@@ -1,7 +1,7 @@
 """Waking those who wait for the log: at once for commits of this process, by a cheap poll for others'.
 
 `PRAGMA data_version` changes when another connection has written to the file. It reads shared memory, a few
-microseconds, and so is asked on the event loop itself, every 2 to 20 ms, and only while somebody waits.
+microseconds, and so is asked on the event loop itself (how often: `bus/ticks.py`), and only while somebody waits.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import sqlite3
 
 from bus.envelope import Position
 from bus.seams import Clock
-from bus.tasks import ended
-
-_POLL_S = (0.002, 0.02)
+from bus.ticks import Pace
 
 
 class Watch:
@@ -22,7 +20,9 @@ class Watch:
         self._seen_version = -1
         self._head: Position = 0
         self._waiting: set[asyncio.Future[None]] = set()
-        self._polling: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._pace = Pace(self._loop.time())
 
     def saw(self, head: Position) -> None:
         """This process committed, or read, up to `head`."""
@@ -39,6 +39,8 @@ class Watch:
             if version != self._seen_version:
                 (head,) = self._connection.execute("SELECT head FROM foldbus_log").fetchone()
                 self._seen_version = version
+                if head > self._head:  # and no more than a lease renewed
+                    self._pace.changed(self._loop.time())
                 self.saw(head)
         except sqlite3.Error:
             # Locked for recovery or out of reach: looked at again, and whoever reads is told what is wrong.
@@ -51,23 +53,24 @@ class Watch:
             left = give_up_at - self._clock.monotonic()
             if left <= 0:
                 return
-            future = asyncio.get_running_loop().create_future()
+            future = self._loop.create_future()
             self._waiting.add(future)
-            if self._polling is None or self._polling.done():
-                self._polling = asyncio.create_task(self._poll(), name="sqlite-watch")
+            if self._timer is None:
+                self._look_again()
             try:
                 await asyncio.wait({future}, timeout=left)
             finally:
                 self._waiting.discard(future)
 
-    async def _poll(self) -> None:
-        pause, longest = _POLL_S
-        while self._waiting:
-            await asyncio.sleep(pause)
-            before = self._seen_version
-            self.look()
-            pause = _POLL_S[0] if self._seen_version != before else min(pause * 1.3, longest)
+    def _look_again(self) -> None:
+        self._timer = self._loop.call_at(self._pace.next_look(self._loop.time()), self._tick)
 
-    async def close(self) -> None:
-        if self._polling is not None:
-            await ended(self._polling)
+    def _tick(self) -> None:
+        self._timer = None
+        if self._waiting:
+            self.look()
+            self._look_again()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()

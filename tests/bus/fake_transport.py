@@ -44,6 +44,7 @@ class FakeTransport:
         self.pauses = self.resumes = self.polls = self.joins = 0
         self.poll_cancelled = self.in_step = False
         self.polled_max: list[int] = []
+        self.told = False
         self._epoch = 0
         self._steps: deque[tuple[Callable[[], Awaitable[Any]], asyncio.Future[Any]]] = deque()
         self._injected: deque[Delivery] = deque()
@@ -158,6 +159,9 @@ class FakeTransport:
                 found = self._read(max_records)
                 if found or timeout_s == 0:
                     return found
+                if self.told:
+                    self.told = False
+                    return []
                 try:
                     async with asyncio.timeout(timeout_s):
                         await self._news.wait()
@@ -182,6 +186,10 @@ class FakeTransport:
                 found.append(Delivery(part, one.offset, one.key, one.value, one.headers, one.time))
                 self.positions[part] = one.offset + 1
         return found
+
+    def wake(self) -> None:
+        self.told = True
+        self._news.set()
 
     def pause(self, parts: Collection[Assignment]) -> None:
         self.pauses += 1

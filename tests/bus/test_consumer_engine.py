@@ -923,6 +923,15 @@ async def test_offers_have_a_bound_of_their_own_and_are_cancelled_at_the_end() -
 # -- start, stop, outages ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("when", ["before it joined", "while it polls"])
+async def test_a_stop_does_not_wait_for_a_poll_that_brings_nothing(when: str) -> None:
+    transport, processor = FakeTransport(), Recorder()
+    engine, _ = make_engine(transport, processor, replace(FAST, poll_timeout_s=600.0))
+    async with asyncio.timeout(40), running(engine):
+        if when == "while it polls":
+            await eventually(lambda: transport.polls > 0, what="a poll")
+
+
 async def test_stop_drains_what_is_at_work_commits_it_and_leaves_the_rest() -> None:
     transport, processor = FakeTransport(), Recorder()
     processor.gate.clear()

@@ -59,6 +59,30 @@ async def test_records_of_one_partition_are_read_in_the_order_of_calls_and_of_ba
         assert values(of_it) == [f"{call}.{n}" for call in range(partition, 10, 2) for n in range(50)]
 
 
+@pytest.mark.parametrize("kind", ["member", "tail"])
+async def test_a_poll_that_waits_returns_when_it_is_woken_and_loses_nothing(transport: Transport, kind: str) -> None:
+    topic = await new_topic(transport, partitions=1)
+    reading = (
+        transport.tail(topic, start="begin")
+        if kind == "tail"
+        else transport.consume(unique("group"), [topic], listener=Recorder())
+    )
+    async with reading as consumer:
+        await put(transport, topic, "first")
+        await take(consumer, 1)
+        for turn in range(3):
+            waiting = asyncio.create_task(consumer.poll(max_records=1, timeout_s=600.0))
+            await asyncio.sleep(0.05 * turn)  # told before it waits, and while it does
+            consumer.wake()
+            async with asyncio.timeout(40):
+                assert list(await waiting) == []
+        consumer.wake()
+        async with asyncio.timeout(40):
+            assert list(await consumer.poll(max_records=1, timeout_s=600.0)) == []
+        await put(transport, topic, "second")
+        assert values(await take(consumer, 1)) == ["second"]
+
+
 async def test_publishes_at_once_lose_nothing_and_keep_the_order_within_each(transport: Transport) -> None:
     topic = await new_topic(transport, partitions=1)
     async with transport.tail(topic, start="begin") as reader:

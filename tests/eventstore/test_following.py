@@ -269,6 +269,7 @@ async def test_another_processes_commits_wake_a_follower_without_its_poll(
     from eventstore.postgres import feed
 
     monkeypatch.setattr(feed, "_POLL_S", 3600.0)
+    monkeypatch.setattr(feed, "_POLL_LISTENING_S", 3600.0)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", _APPENDING, backend.name, backend.where),
         cwd=Path(__file__).parents[2],

@@ -134,7 +134,7 @@ async def test_a_commit_of_another_process_wakes_those_who_wait(path: Path, stor
 async def test_a_commit_of_this_process_wakes_without_any_poll(
     store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eventstore.sqlite.watch._POLL_S", (3600.0, 3600.0))
+    monkeypatch.setattr("bus.ticks.Pace.next_look", lambda _, now: now + 3600.0)
     waiting = asyncio.create_task(store.wait_past(0, timeout_s=3600))
     await asyncio.sleep(0.01)
     await commit(store, unit("a"))

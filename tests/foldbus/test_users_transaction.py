@@ -182,7 +182,8 @@ async def test_a_reader_in_the_same_process_is_woken_by_the_sessions_commit(
 ) -> None:
     """Without its being told the reader would look after the poll's pause, which is made longer than the test."""
     monkeypatch.setattr("eventstore.postgres.feed._POLL_S", 60.0)
-    monkeypatch.setattr("eventstore.sqlite.watch._POLL_S", (60.0, 60.0))
+    monkeypatch.setattr("eventstore.postgres.feed._POLL_LISTENING_S", 60.0)
+    monkeypatch.setattr("bus.ticks.Pace.next_look", lambda _, now: now + 60.0)
     async with AsyncSession(engine) as session:
         reader = asyncio.create_task(connection.store.wait_past(0, timeout_s=60))
         await asyncio.sleep(0)
