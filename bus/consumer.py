@@ -36,6 +36,9 @@ __all__ = ["BrokenProcessor", "ConsumerEngine", "EngineSettings", "GivenUp"]
 
 log = logging.getLogger("foldbus.bus")
 
+MEASURED_QUIET_EVERY = 5
+"""In so many commit intervals the ends of its parts are asked for once, while nothing happens."""
+
 
 class ConsumerEngine:
     """One member of `processor.group`.
@@ -204,7 +207,8 @@ class ConsumerEngine:
 
     @property
     def lag(self) -> Mapping[tuple[str, int], int]:
-        """Offsets between watermark and end per (topic, partition), as of the last commit interval."""
+        """Offsets between watermark and end per (topic, partition), as of the last commit interval; where it was none
+        and nothing is in flight, as of the last five."""
         return dict(self._lag)
 
     async def caught_up(self) -> bool:
@@ -246,10 +250,14 @@ class ConsumerEngine:
                 raise error
 
     async def _commit_regularly(self) -> None:
+        quiet = 0
         while True:
             await asyncio.sleep(self._settings.commit_interval_s)
             await self._partitions.commit()
-            await self._measure()
+            nothing = self.idle and self._lag.keys() == {part.where for part in self._partitions.live.values()}
+            quiet = quiet + 1 if nothing and not any(self._lag.values()) else 0
+            if quiet % MEASURED_QUIET_EVERY == 0:
+                await self._measure()
 
     async def _measure(self) -> None:
         consumer, parts = self._partitions.consumer, self._partitions.live

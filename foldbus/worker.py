@@ -73,7 +73,7 @@ class WorkerSettings:
     retention: RetentionSettings = field(default_factory=RetentionSettings)
     clock_tolerance_s: float = TOLERANCE_S
     """By how much the clocks of those who ask and of this machine may differ; see `foldbus/expiry.py`."""
-    timer_poll_s: float = 0.5
+    timer_poll_s: float = 1.0
     """How late a timer, or the next try of a parked message, may be, at most, when nothing else wakes the worker;
     and how soon a pause is noticed."""
     topics_wait_s: float = 30.0

@@ -42,8 +42,11 @@ class Watermark:
     `query` answers safe, drawn, and the connection that it asked.
     """
 
-    def __init__(self, query: Callable[[], Awaitable[tuple[Position, Position, object]]]) -> None:
-        self._query = query
+    def __init__(
+        self, query: Callable[[], Awaitable[tuple[Position, Position, object]]], wakeups: Wakeups | None = None
+    ) -> None:
+        self._query, self._wakeups = query, wakeups
+        self._as_of = -1
         self._turn = asyncio.Lock()
         self._asked = self._answered = 0
         self._witnesses: weakref.WeakSet[object] = weakref.WeakSet()
@@ -57,14 +60,21 @@ class Watermark:
         async with self._turn:
             if self._answered < mine:
                 covers = self._asked  # everybody who asked until now
+                wakes = 0 if self._wakeups is None else self._wakeups.count
                 safe, drawn, witness = await self._query()
                 if witness in self._witnesses:
                     safe, drawn = max(self.safe, safe), max(self.drawn, drawn)
                 else:
                     self._witnesses.add(witness)
                 self.safe, self.drawn = safe, drawn
-                self._answered = covers
+                self._answered, self._as_of = covers, wakes
         return self.safe
+
+    @property
+    def current(self) -> bool:
+        """Has nobody told of a commit since the last query began? False while nobody would be heard."""
+        wakeups = self._wakeups
+        return wakeups is not None and wakeups.listening and wakeups.count == self._as_of
 
     def vouched(self, connection: object) -> Position | None:
         """What is known to be safe, for a statement on this connection. None: it was not asked before, so if the server
@@ -80,6 +90,8 @@ class Wakeups:
         self._event = asyncio.Event()
         self._tell = asyncio.Event()
         self.listening = False
+        self.count = 0
+        """Of wake-ups."""
 
     def woken(self) -> asyncio.Event:
         """Set at the next wake-up. Take it before looking, wait for it after finding nothing."""
@@ -91,6 +103,7 @@ class Wakeups:
         self._tell.set()
 
     def _wake(self) -> None:
+        self.count += 1
         self._event.set()
         self._event = asyncio.Event()
 
@@ -135,24 +148,29 @@ class Wakeups:
 
 
 async def wait_past(watermark: Watermark, wakeups: Wakeups, position: Position, *, timeout_s: float) -> None:
-    """See the port. While positions are drawn but held by an open appender, looks more often than when all is quiet."""
+    """See the port. While positions are drawn but held by an open appender, looks more often than when all is quiet;
+    what the caller saw a moment ago is not asked for again."""
     loop = asyncio.get_running_loop()
     until = loop.time() + timeout_s
     pause = _FLOOR_POLL_S
+    overdue = False
     while True:
         woken = wakeups.woken()
-        if await watermark.fresh() > position:
-            return
+        if overdue or not watermark.current:
+            await watermark.fresh()
         left = until - loop.time()
-        if left <= 0:
+        if watermark.safe > position or left <= 0:
             return
         quiet_s = _POLL_LISTENING_S if wakeups.listening else _POLL_S
         pause = min(pause * 2, _POLL_S) if watermark.drawn > position else quiet_s
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(pause, left)):
                 await woken.wait()
-        if woken.is_set():
+        overdue = not woken.is_set()
+        if not overdue:
             pause = _FLOOR_POLL_S
+        elif loop.time() >= until:
+            return  # whoever reads now asks
 
 
 __all__ = ["Wakeups", "Watermark", "wait_past"]

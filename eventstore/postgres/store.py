@@ -106,8 +106,8 @@ class PostgresStore:
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._jitter = random.Random()
-        self._watermark = feed.Watermark(self._query_watermark)
         self._wakeups = feed.Wakeups(driver_dsn(dsn), self.schema, metrics)
+        self._watermark = feed.Watermark(self._query_watermark, self._wakeups)
         self.leases = PostgresLeases(self._row, self.schema, clock, metrics)
         self.timers = PostgresTimers(self._rows, self.schema, clock)
         self.snapshots = PostgresSnapshots(self._rows, self.schema)

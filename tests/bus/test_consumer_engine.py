@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -1058,6 +1059,40 @@ async def test_caught_up_means_handled_up_to_the_end_of_all_parts() -> None:
         assert await engine.caught_up()
         await eventually(lambda: engine.lag == {(T, 0): 0, (T, 1): 0}, what="no lag")
         assert metrics.gauges["foldbus_lag", (("group", "billing"), ("partition", "0"), ("topic", T))] == 0
+
+
+async def test_who_is_idle_asks_for_ends_seldom_and_sees_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question to the broker every second is a tenth of what an idle worker costs."""
+    transport, processor = FakeTransport(), Recorder()
+    engine, _ = make_engine(transport, processor)
+    intervals, asked = [0], [0]
+    commit, ends = engine._partitions.commit, transport.end_offsets
+
+    async def counted_commit(*parts: Any) -> None:
+        intervals[0] += 1
+        await commit(*parts)
+
+    async def counted_ends() -> Any:
+        asked[0] += 1
+        return await ends()
+
+    monkeypatch.setattr(engine._partitions, "commit", counted_commit)
+    monkeypatch.setattr(transport, "end_offsets", counted_ends)
+    async with running(engine):
+        await transport.assign(0)
+        transport.record("a")
+        await eventually(lambda: engine.lag == {(T, 0): 0} and engine.idle, what="idle")
+        intervals[0] = asked[0] = 0
+        await eventually(lambda: intervals[0] >= 50, what="many intervals")
+        assert intervals[0] / 5 - 2 <= asked[0] <= intervals[0] / 5 + 2
+        processor.gate.clear()
+        transport.record("a")
+        transport.record("a")
+        await eventually(lambda: engine.lag == {(T, 0): 2}, what="what came")
+        intervals[0] = asked[0] = 0
+        await eventually(lambda: intervals[0] >= 10, what="some intervals more")
+        assert asked[0] >= intervals[0] - 1
+        processor.gate.set()
 
 
 async def test_a_fence_of_everything_leaves_nothing_behind() -> None:

@@ -1,4 +1,4 @@
-"""Waiting for the log to grow, on PostgreSQL: who is cancelled while he is woken stays cancelled."""
+"""Waiting for the log to grow, on PostgreSQL: what is asked, and that who is cancelled stays cancelled."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from bus.metrics import MemoryMetrics
-from eventstore.postgres.feed import Wakeups, wait_past
+from eventstore.postgres.feed import Wakeups, Watermark, wait_past
 
 
 class Still:
     """A watermark that nothing moves."""
 
-    drawn = 0
+    safe = drawn = 0
+    current = False
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -39,3 +40,66 @@ async def test_a_reader_that_is_cancelled_as_it_is_woken_ends(turns: int) -> Non
     done, _ = await asyncio.wait({reader}, timeout=5)
     assert done
     assert reader.cancelled()
+
+
+async def test_a_reader_asks_again_what_it_just_saw_only_when_somebody_has_told() -> None:
+    """An idle worker's readers come once a second each; a question of theirs is half of what it costs."""
+    asked = end = 0
+    wakeups = Wakeups("", "", MemoryMetrics())
+
+    async def query() -> tuple[int, int, object]:
+        nonlocal asked
+        asked += 1
+        return end, end, wakeups
+
+    watermark = Watermark(query, wakeups)
+    wakeups.listening = True
+    await watermark.fresh()
+    await wait_past(watermark, wakeups, 0, timeout_s=0.0)
+    assert asked == 1
+    reader = asyncio.create_task(wait_past(watermark, wakeups, 0, timeout_s=600))
+    await asyncio.sleep(0)
+    end = 1
+    wakeups.committed()
+    async with asyncio.timeout(40):
+        await reader
+    assert (asked, watermark.safe) == (2, 1)
+    wakeups.listening = False
+    await wait_past(watermark, wakeups, 1, timeout_s=0.0)
+    assert asked == 3
+
+
+async def test_a_commit_during_a_question_is_asked_for_again() -> None:
+    """What was told after the question began may not be in its answer."""
+    wakeups = Wakeups("", "", MemoryMetrics())
+    wakeups.listening = True
+    answers = iter([0, 1])
+
+    async def query() -> tuple[int, int, object]:
+        found = next(answers)
+        wakeups.committed()
+        return found, found, wakeups
+
+    watermark = Watermark(query, wakeups)
+    await watermark.fresh()
+    async with asyncio.timeout(40):
+        await wait_past(watermark, wakeups, 0, timeout_s=600)
+    assert watermark.safe == 1
+
+
+async def test_a_commit_that_nobody_told_of_is_found_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process was killed between the commit and telling."""
+    monkeypatch.setattr("eventstore.postgres.feed._POLL_LISTENING_S", 0.01)
+    wakeups = Wakeups("", "", MemoryMetrics())
+    wakeups.listening = True
+    answers = iter([0, 0, 0, 1])
+
+    async def query() -> tuple[int, int, object]:
+        found = next(answers)
+        return found, found, wakeups
+
+    watermark = Watermark(query, wakeups)
+    await watermark.fresh()
+    async with asyncio.timeout(40):
+        await wait_past(watermark, wakeups, 0, timeout_s=600)
+    assert watermark.safe == 1
