@@ -1062,7 +1062,7 @@ async def test_caught_up_means_handled_up_to_the_end_of_all_parts() -> None:
 
 
 async def test_who_is_idle_asks_for_ends_seldom_and_sees_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A question to the broker every second is a tenth of what an idle worker costs."""
+    """Each is a request to the broker; what comes is counted every interval again."""
     transport, processor = FakeTransport(), Recorder()
     engine, _ = make_engine(transport, processor)
     intervals, asked = [0], [0]

@@ -83,3 +83,16 @@ async def test_a_store_and_a_bus_that_wait_wake_their_loop_together(
             assert rounds[1:11] == [{"bus", "store"}] * 10
             polling.cancel()
             watching.cancel()
+
+
+async def test_a_renewed_lease_is_no_change_of_the_log(tmp_path: Path) -> None:
+    """Each worker renews its own every few seconds: a store that took that for a change would never look seldom."""
+    path = tmp_path / "store.db"
+    await SqliteStore.migrate(path, service="shop")
+    async with SqliteStore.open(path, service="shop") as store, SqliteStore.open(path, service="shop") as twin:
+        store._watch.look()
+        version, changed_at = store._watch._seen_version, store._watch._pace._changed_at
+        async with twin.leases.lead("relay", ttl_s=60.0):
+            store._watch.look()
+        assert store._watch._seen_version != version
+        assert store._watch._pace._changed_at == changed_at

@@ -16,7 +16,7 @@ from bus.transport import Outgoing, TopicSpec, Transport
 from eventstore.port import Append, Unit
 from projections import Checkpoint, Feed, FeedPage, LogFeed, Place, TopicFeed, Wanted
 from projections.feeds import CombinedFeed
-from tests.bus.transports import unique
+from tests.bus.transports import eventually, unique
 from tests.projections.world import (
     CLOCK,
     REGISTRY,
@@ -274,6 +274,17 @@ async def test_who_goes_back_is_told_how_much_is_behind_by_todays_ends(transport
             await moved(transport, topic, n, n + 1)
         page = await feed.read(Checkpoint(), limit=1, timeout_s=30.0)
         assert (len(page.records), page.behind) == (1, 4)
+
+
+async def test_a_feed_that_is_closed_does_not_wait_for_the_poll_of_a_cancelled_read(
+    transport: Transport, topic: str
+) -> None:
+    async with asyncio.timeout(40), topic_feed(transport, topic) as feed:
+        _, page = await drained(feed, Checkpoint(), n=0)
+        reading = asyncio.create_task(feed.read(page.checkpoint, limit=10, timeout_s=600.0))
+        await eventually(lambda: feed._polling is not None, what="a poll")
+        reading.cancel()
+        await asyncio.wait({reading})
 
 
 async def test_a_missing_topic_says_so_and_is_read_once_it_is_there(transport: Transport) -> None:
