@@ -25,7 +25,7 @@ from aiokafka import AIOKafkaConsumer
 from benchmarks import byhand
 from benchmarks.workload import world
 from bus.partitioner import partition_of
-from foldbus.process import tune
+from foldbus.process import giving_memory_back, tune
 
 BATCH = 100
 POLL_S = 0.002
@@ -171,7 +171,8 @@ async def working(role: str, kafka: str, dsn: str, name: str) -> AsyncIterator[S
     here = world(name)
     stamps = Stamps(here.folded[role])
     service = here.desk_without_rows if role == "desk" else here.board
-    async with service.connect(store=dsn, bus=f"kafka://{kafka}", worker=True, failpoint=stamps):
+    connecting = service.connect(store=dsn, bus=f"kafka://{kafka}", worker=True, failpoint=stamps)
+    async with connecting, giving_memory_back():  # as `foldbus run` does
         yield stamps
 
 

@@ -53,7 +53,10 @@ class Registry:
         if version.isdigit() and base in self._bases:
             known = ", ".join(f"v{number}" for number in sorted(self._bases[base]))
             raise UnknownVersion(f"type {name!r}: version v{version} is unknown here, wanted one of {known}")
-        raise UnknownType(f"type {name!r} is not one that this service names")
+        raise UnknownType(
+            f"type {name!r} is not one that this service names: no decider, saga, projection or handler that it lists "
+            "does, nor its messages="
+        )
 
     def names_base(self, name: str) -> bool:
         """Is `name`, in whatever version, a type that is named here?"""

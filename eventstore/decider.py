@@ -40,6 +40,10 @@ class BadDecision(EventStoreError):
     """`decide` gave something that cannot be stored: an event of another key or an undeclared type, or no reply."""
 
 
+class NoState(EventStoreError):
+    """`evolve` gave None, and its state is never None: most often a `match` without a case for the event."""
+
+
 class Decider(Generic[S, C, E]):
     """One kind of aggregate: `initial` state, `evolve(state, event) -> state`, `decide(state, command) -> events`.
 
@@ -102,6 +106,17 @@ class Decider(Generic[S, C, E]):
             self._state_codec = StateCodec(annotation, initial=self.initial, version=self.version)
         return self._state_codec
 
+    def check_evolved(self, state: S, type_name: str) -> None:
+        """Raises NoState when `state`, which `evolve` gave for an event of this type, is None and must not be."""
+        if state is None and not self._may_be_none():
+            raise NoState(
+                f"evolve of {self!r} gave None for {type_name}; wanted a state: is a case for it missing, or a return?"
+            )
+
+    def _may_be_none(self) -> bool:
+        annotation = state_type(self.evolve, self.initial)
+        return self.initial is None or annotation is type(None) or type(None) in typing.get_args(annotation)
+
     def __repr__(self) -> str:
         return f"Decider({self.category!r})"
 
@@ -159,12 +174,22 @@ class DeciderBehaviour:
     def fold(self, state: Aggregate, records: Sequence[Envelope]) -> Aggregate:
         folded, evolve, decode = state.state, state.decider.evolve, self._codec.decode
         today = self._events[state.decider.category]
-        for record in records:
-            if record.type in today:
-                folded = evolve(folded, decode(record))
-            else:
-                for event in self._older(record, state.decider, today):
-                    folded = evolve(folded, event)
+        last = "an earlier event"
+        try:
+            for record in records:
+                if record.type in today:
+                    folded = evolve(folded, decode(record))
+                    last = record.type
+                else:
+                    for event in self._older(record, state.decider, today):
+                        folded = evolve(folded, event)
+                        last = record.type
+        except Exception as error:
+            if folded is None and not isinstance(error, EventStoreError):  # so the one before is to blame
+                state.decider.check_evolved(folded, last)
+            raise
+        if folded is None:
+            state.decider.check_evolved(folded, last)
         return Aggregate(state.decider, folded)
 
     def fold_bodies(self, state: Aggregate, bodies: Bodies) -> Aggregate | None:
@@ -173,7 +198,10 @@ class DeciderBehaviour:
         if self._decode_bodies is None or not self._events[decider.category].issuperset(bodies.types):
             return None
         events = self._decode_bodies(bodies.types, bodies.data)
-        return Aggregate(decider, reduce(decider.evolve, events, state.state))
+        folded: Any = reduce(decider.evolve, events, state.state)
+        if folded is None and bodies.types:
+            decider.check_evolved(folded, bodies.types[-1])
+        return Aggregate(decider, folded)
 
     def events(self, category: str, record: Envelope) -> Sequence[Message]:
         """What one stored event is to the decider of this category: one event, or those that it is upcast to."""
@@ -195,6 +223,8 @@ class DeciderBehaviour:
         for event in events:
             self._check(decider, command, event)
             folded = decider.evolve(folded, event)
+            if folded is None:
+                decider.check_evolved(folded, str(typing.cast("Event", event).type_name))
             topic = f"{self._service}.events" if type(event).public else None
             staged.append(self._codec.encode(event, self._origin(envelope, now), topic=topic))
         value = self._reply_value(decider, folded, command, events)

@@ -49,7 +49,7 @@ from bus.messages import Command, Event, Key, Message, Query, Refused  # noqa: E
 from bus.metrics import MemoryMetrics, Metrics  # noqa: E402
 from bus.transport import TopicSpec  # noqa: E402
 from bus.upcasting import Upcaster, drop_event, split_event, upcast  # noqa: E402
-from eventstore.decider import BadDecider, BadDecision, Decider  # noqa: E402
+from eventstore.decider import BadDecider, BadDecision, Decider, NoState  # noqa: E402
 from eventstore.errors import (  # noqa: E402
     EventStoreError,
     NoSuchVersion,
@@ -172,6 +172,7 @@ __all__ = [
     "MiddlewareError",
     "MissingTopics",
     "NoAnswer",
+    "NoState",
     "NoSuchVersion",
     "NobodyDecides",
     "NotThere",

@@ -66,8 +66,9 @@ class Unanswered(Exception):
 class Requests:
     """Of one process. Any number at once."""
 
-    def __init__(self, publisher: Publisher, inbox: Inbox, *, clock: Clock, metrics: Metrics) -> None:
+    def __init__(self, publisher: Publisher, inbox: Inbox, *, clock: Clock, metrics: Metrics, bus: str) -> None:
         self._publisher, self._inbox, self._clock, self._metrics = publisher, inbox, clock, metrics
+        self._bus = bus
 
     async def exchange(self, envelope: Envelope, *, timeout_s: float) -> Envelope:
         """Sends it and waits for its answer, of any outcome but `expired`. Sent once more when the answer may have come
@@ -108,8 +109,8 @@ class Requests:
         owner = (envelope.topic or "").rpartition(".")[0]
         if not begun:
             return f"the inbox {self._inbox.topic} could not be opened within {timeout_s} s, nothing was sent"
-        silent = f"no answer within {timeout_s} s"
-        return f"{silent}; is a worker of {owner!r} running (foldbus run, or connect(worker=True))?"
+        silent = f"no answer within {timeout_s} s on {self._bus}"
+        return f"{silent}; is a worker of {owner!r} running there (foldbus run, or connect(worker=True))?"
 
 
 def raised(value: Any) -> Any:

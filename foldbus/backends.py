@@ -97,6 +97,11 @@ class BusUrl:
         return self.scheme == "embedded"
 
     @property
+    def shown(self) -> str:
+        """As it may be said to anybody: without a password, and not as seen from somebody's working directory."""
+        return f"embedded:{self.directory.absolute()}" if self.embedded else f"kafka://{self.text}"
+
+    @property
     def directory(self) -> Path:
         """Of an embedded one."""
         return Path(self.text)

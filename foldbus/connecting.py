@@ -63,7 +63,7 @@ async def connect(
         )
         connection = Connection(
             service, store=opened, transport=transport, clock=clock, ids=ids, metrics=metrics,
-            failpoint=failpoint or NoFailpoints(),
+            failpoint=failpoint or NoFailpoints(), bus=through.shown,
         )  # fmt: skip
         stack.push_async_callback(connection.publisher.close)
         stack.push_async_callback(connection.inbox.close)

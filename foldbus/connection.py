@@ -75,12 +75,14 @@ class Connection:
         ids: Ids,
         metrics: Metrics,
         failpoint: Failpoint,
+        bus: str = "its bus",
     ) -> None:
-        self.service, self.store, self.transport = service, store, transport
+        """`bus` is what to call the transport when nobody answers there."""
+        self.service, self.store, self.transport, self.bus = service, store, transport, bus
         self.clock, self.ids, self.metrics, self.failpoint = clock, ids, metrics, failpoint
         self.publisher = Publisher(transport)
         self.inbox = Inbox(transport, f"{service.name}.inbox", str(ids.new()), metrics)
-        self.requests = Requests(self.publisher, self.inbox, clock=clock, metrics=metrics)
+        self.requests = Requests(self.publisher, self.inbox, clock=clock, metrics=metrics, bus=bus)
         self.queries = Queries(self, service.queries)
         self.delayed = Delayed(service.name, store, metrics=metrics)
         self.circuits = Circuits(clock=clock, metrics=metrics)

@@ -24,6 +24,7 @@ from bus.envelope import Envelope
 from bus.errors import BadInput
 from bus.messages import Message
 from bus.transport import Delivery
+from bus.unmet import Unmet
 from foldbus.calling import Caller
 from foldbus.contexts import BareContext, BreakerOpen, Calls
 from foldbus.handlers import Handler
@@ -50,6 +51,8 @@ class AtMostOnce:
         self._connection, self._handler, self._parse, self._max_bytes = connection, handler, parse, max_bytes
         self._codec, self._metrics, self._clock = service.codec, connection.metrics, connection.clock
         self._names = frozenset(str(event.type_name) for event in handler.events)
+        self._topics = frozenset(service.topic_of(event) for event in handler.events)
+        self._unmet = Unmet(self.group, log)
         self._older = service.registry.upcasting.older(self._names)
         self._caller = Caller.of(connection)
         self._circuits = self._caller.circuits(handler)
@@ -85,7 +88,7 @@ class AtMostOnce:
 
     def _deal(self, records: Sequence[Delivery], lanes: Sequence[_Lane]) -> None:
         classes, max_bytes, count = self._classes, self._max_bytes, len(lanes)
-        skipped: Counter[str] = Counter()
+        skipped: Counter[tuple[str, str]] = Counter()
         for record in records:
             headers, key, value = dict(record.headers), record.key, record.value
             known = classes.get(headers.get("ce_type", b""))
@@ -102,11 +105,13 @@ class AtMostOnce:
                 lanes[hash(key) % count].work.append((known, record))
             else:
                 self._deal_slowly(record, lanes, skipped)
-        for name, n in skipped.items():
+        for (_, name), n in skipped.items():
             self._metrics.count("foldbus_skipped_total", n, group=self.group, type=name)
             log.debug("%s: skipped %d of %s, which nobody here handles", self.group, n, name)
+        if self._unmet.watches(self._topics):
+            self._unmet.took(records, skipped)
 
-    def _deal_slowly(self, record: Delivery, lanes: Sequence[_Lane], skipped: Counter[str]) -> None:
+    def _deal_slowly(self, record: Delivery, lanes: Sequence[_Lane], skipped: Counter[tuple[str, str]]) -> None:
         """Foreign forms, older types, what is for others, and what cannot be read."""
         try:
             envelope = self._parse(record)
@@ -115,7 +120,7 @@ class AtMostOnce:
             self._lost(_place(record), error)
             return
         if not parts:
-            skipped[envelope.type] += 1
+            skipped[record.assignment.topic, envelope.type] += 1
         for part in parts:
             lanes[hash(part.key.encode()) % len(lanes)].work.append((None, part))
 

@@ -48,9 +48,9 @@ class Staging:
     def publish(
         self, event: Event, *, id: UUID | None = None, at: datetime | None = None, delay_s: float | None = None
     ) -> UUID:
-        """Stored with the unit, published after its commit, or when its time has come; it enters no stream. Raises
-        MessageTooLarge, BadDelay at once."""
-        check_kind(event, Event)
+        """Stored with the unit, published on the service's own topic after its commit, or when its time has come; it
+        enters no stream. Raises BadMessageClass for an event of another service, MessageTooLarge, BadDelay at once."""
+        self._check_own(event)
         return self._stage(event, f"{self._service}.events", id, when(at, delay_s))
 
     def send(
@@ -101,6 +101,17 @@ class Staging:
         """For a stream that was only read: the unit is written if it is still at `version` (0: if it does not exist).
         Else the commit raises WrongExpectedVersion, and nothing of the unit is written."""
         self._asserts[decider.stream(key)] = version
+
+    def _check_own(self, event: Event) -> None:
+        """Whoever waits for it reads its owner's topic, where only its owner publishes."""
+        owner = check_kind(event, Event)
+        foreign = type(event).foreign_topic
+        if owner != self._service or foreign not in (None, f"{owner}.events"):
+            whose = f"arrives on {foreign!r}" if foreign is not None else f"belongs to service {owner!r}"
+            raise BadMessageClass(
+                f"{type(event).type_name} {whose}, and service {self._service!r} publishes its own events, on "
+                f"{self._service}.events; nothing was sent: publish it there, or name it {self._service}.…"
+            )
 
     @property
     def asserts(self) -> tuple[tuple[StreamId, Version], ...]:

@@ -96,7 +96,10 @@ def command_processor(
         if type_name in taken:
             return True
         service.registry.find(type_name)  # says that the version is unknown, where it is that
-        raise UnknownType(f"type {type_name!r} arrived on {service.name}.commands, but nobody here takes it")
+        raise UnknownType(
+            f"type {type_name!r} arrived on {service.name}.commands, but nobody here takes it: no decider and no "
+            "handler that the Service lists"
+        )
 
     parker = _parker(connection, service.name, parking)
     inner = _processor(connection, service.name, service.name, behaviour, wants, parker)
@@ -491,7 +494,7 @@ class Worker:
             except MissingTopics as error:
                 self.waiting_for_topics.add(engine.group)
                 if waited % self.settings.topics_wait_s == 0:
-                    log.warning("waiting for topics: %s", error)
+                    log.warning("waiting for topics on %s: %s", self.connection.bus, error)
                 waited += 0.5
                 await asyncio.sleep(0.5)
 

@@ -23,6 +23,7 @@ from bus.records import RecordReader, TopicRule
 from bus.registry import Registry
 from bus.seams import Clock, SystemClock
 from bus.transport import Consumer, Delivery, Headers, Transport
+from bus.unmet import Unmet
 from eventstore.errors import WrongEpoch
 from eventstore.port import Page, Where
 from projections.definition import Projection
@@ -54,6 +55,7 @@ class Wanted:
         self._names = today | registry.upcasting.older(today)
         self._bases = frozenset(name.base for name in names)
         self._registry, self._metrics, self._projection = registry, metrics, projection
+        self.unmet = Unmet(f"projection {projection}", log)
 
     def __call__(self, type_name: str) -> bool:
         if type_name in self._names:
@@ -154,6 +156,8 @@ class TopicFeed:
         records: list[FeedRecord] = []
         bad: list[BadRecord] = []
         skipped: Counter[str] = Counter()
+        unmet, others = self._wanted.unmet, Counter[str]()
+        watching = unmet.watches((self.topic,))
         for delivery in found:
             part = delivery.partition
             place = places[part]
@@ -168,7 +172,11 @@ class TopicFeed:
                 bad.append(BadRecord(delivery, taken))
             else:
                 skipped[taken] += 1
+                if watching and taken == "type":
+                    others[_peek(delivery.headers)[0] or "(in structured mode)"] += 1
         self._wanted.skipped(self.topic, skipped)
+        if watching:
+            unmet.read(self.topic, wanted=bool(records or bad), skipped=others)
         self._next = {part: place.offset for part, place in places.items()}
         await self._look_at_ends(consumer, fresh=not found)
         behind = sum(max(0, end - places[part].offset) for part, end in self._ends.items() if part in places)

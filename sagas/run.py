@@ -123,8 +123,9 @@ class SagaRun:
         or did not answer within `timeout_s` (None: waits for ever).
 
         `undo` compensates it: sent when the saga fails later, or when nobody knows whether the step happened. It goes
-        to the same service, which sees to it that undoing what never happened does nothing and that a late command
-        stays out. Undos run one after another, in the reverse order of their steps, without a timeout.
+        to the same service under the same key, where it is seen to that undoing what never happened does nothing and
+        that a late command stays out. Undos run one after another, in the reverse order of their steps, without a
+        timeout. Raises BadStep, which parks the saga, for an undo of another service or key.
         """
         if not isinstance(cast(object, command), Command):
             raise BadStep(f"run.step was given {command!r}; wanted a Command")
@@ -135,6 +136,11 @@ class SagaRun:
                 raise BadStep(
                     f"{command.type_name} and its undo {undo.type_name} belong to different services; wanted the same "
                     "one, only it can tell whether there is anything to undo"
+                )
+            if undo.key != command.key:
+                raise BadStep(
+                    f"{command.type_name} has key {command.key!r} and its undo {undo.type_name} has key {undo.key!r}; "
+                    "wanted the same one: under another key nothing is found that could be undone"
                 )
         if timeout_s is not None and not (timeout_s > 0 and math.isfinite(timeout_s)):
             raise BadStep(f"run.step({command.type_name}) was given timeout_s={timeout_s!r}; wanted seconds above 0")

@@ -24,6 +24,7 @@ from bus.metrics import Metrics
 from bus.processing import Item, Processor
 from bus.seams import Clock
 from bus.transport import Assignment, Consumer, Delivery, Transport
+from bus.unmet import Unmet
 
 log = logging.getLogger("foldbus.bus")
 
@@ -61,6 +62,7 @@ class Pump:
         self._clock, self._metrics, self._rng, self._code_version = clock, metrics, rng, code_version
         self._stop, self._pulse = stop, pulse
         self._group = processor.group
+        self._unmet = Unmet(processor.group, log)
         self._full = False
         self._largest = 1
         self.gate: Gate | None = None
@@ -173,13 +175,15 @@ class Pump:
         live, queues, parse, wants = self._partitions.live, self._queues, self._parse, self._processor.wants
         assignment: Assignment | None = None
         part: Part | None = None
-        skipped: Counter[str] = Counter()
+        skipped: Counter[tuple[str, str]] = Counter()
+        topics: set[str] = set()
         largest = self._largest // 2  # forgets slowly, learns at once
         stale = 0
         for delivery in deliveries:
             if delivery.assignment is not assignment:
                 assignment = delivery.assignment
                 part = live.get(assignment)
+                topics.add(assignment.topic)
             offset = delivery.offset
             if part is None or not part.receive(offset):
                 stale += 1
@@ -198,7 +202,7 @@ class Pump:
             try:
                 if not wants(envelope.type):
                     part.complete(offset)
-                    skipped[envelope.type] += 1
+                    skipped[delivery.assignment.topic, envelope.type] += 1
                     continue
             except Exception as error:
                 failure: Failure | None = self._unreadable(error)
@@ -207,9 +211,11 @@ class Pump:
             item = Item(envelope, delivery, unreadable=failure is not None, held=part)
             queues.put(Entry(queues.queue(envelope.key), item, delivery, part, offset, size, failure))
         self._largest = max(1, largest)
-        for type_name, n in skipped.items():
+        for (_, type_name), n in skipped.items():
             self._metrics.count("foldbus_skipped_total", n, group=self._group, type=type_name)
             log.debug("%s: skipped %d of %s, which nobody here handles", self._group, n, type_name)
+        if self._unmet.watches(topics):
+            self._unmet.took(deliveries, skipped)
         if stale:
             self._metrics.count("foldbus_stale_records_total", stale, group=self._group)
             log.info("%s: ignored %d records of partitions that are not ours at that epoch", self._group, stale)

@@ -347,7 +347,10 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
         if connection is not None:
             connection.close()
         if code(error) == sqlite3.SQLITE_CANTOPEN and not path.exists():
-            raise SchemaMismatch(f"there is no store at {path}; run `foldbus db upgrade`") from error
+            raise SchemaMismatch(
+                f"there is no store at {path}: no worker of this service ran there yet; the first one makes it, or "
+                "`foldbus db upgrade MODULE:NAME`"
+            ) from error
         raise translated(error, str(path)) from error
     return connection
 

@@ -59,6 +59,22 @@ def document(service: Service) -> dict[str, Any]:
             }
             for one in service.deciders
         ],
+        "handlers": [
+            {
+                "name": one.name,
+                "effect": one.effect,
+                "delivery": str(one.delivery),
+                "commands": [
+                    {"type": str(command.type_name), "key": command.key_field, "reply": _name(command.reply_type())}
+                    for command in one.commands
+                ],
+                "events": [
+                    {"type": str(event.type_name), "key": event.key_field, "topic": service.topic_of(event)}
+                    for event in one.events
+                ],
+            }
+            for one in service.handlers
+        ],
         "sagas": [
             {
                 "name": one.name, "version": one.version, "starts_on": str(one.start.type_name),
@@ -105,6 +121,12 @@ def _show(found: dict[str, Any]) -> None:
             print(f"  takes {command['type']}, answers {command['reply'] or 'nothing'}")
         for event in decider["events"]:
             print(f"  {'publishes' if event['public'] else 'keeps'} {event['type']}")
+    for one in found["handlers"]:
+        print(f"\nhandler {one['name']}, {'an effect' if one['effect'] else one['delivery']}")
+        for command in one["commands"]:
+            print(f"  takes {command['type']}, answers {command['reply'] or 'nothing'}")
+        for event in one["events"]:
+            print(f"  reads {event['topic']}: {event['type']}")
     for saga in found["sagas"]:
         print(f"\nsaga {saga['name']} v{saga['version']}\n  starts on {saga['starts_on']}")
     for one in found["projections"]:

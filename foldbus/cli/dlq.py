@@ -321,6 +321,8 @@ def _tell(lines: Sequence[_Line], more: bool, limit: int, as_json: bool, *, dry:
                 for letter, id, became, why in lines
             ],
         )
+        if not lines:
+            say("no open dead letter matches; nothing was changed")
         if dry and lines:
             say(f"nothing was changed; --yes to {what}")
         if more:

@@ -18,6 +18,8 @@ from foldbus.service import Service
 from foldbus.settings import Settings
 from foldbus.views import View, all_projections, workshop
 from projections import Difference, Projection, RebuildStopped, Verified
+from projections.port import Status
+from projections.rows.columns import Columns
 
 projection = typer.Typer(no_args_is_help=True, help="Read models and their generations.")
 
@@ -32,7 +34,8 @@ class UnknownProjection(FoldbusError):
 
 @dataclass(frozen=True, slots=True)
 class GenerationLine:
-    """`code_version` is the version that this code has; `rows` None unless it serves."""
+    """`code_version` is the version that this code has; `rows` None unless it serves. `differs` says how what serves is
+    not what this code makes, and what comes of that."""
 
     projection: str
     code_version: int
@@ -42,6 +45,7 @@ class GenerationLine:
     created_at: datetime | None
     swapped_at: datetime | None
     rows: int | None
+    differs: str | None = None
 
 
 def add_to(app: typer.Typer) -> None:
@@ -57,8 +61,11 @@ def list_(service: AppArgument, store: StoreOption = None, bus: BusOption = None
     else:
         print_columns(
             ("projection", "code version", "generation", "version", "status", "created", "swapped", "rows"),
-            [tuple(asdict(one).values()) for one in found],
+            [tuple(asdict(one).values())[:-1] for one in found],
         )
+        for one in found:
+            if one.differs is not None:
+                say(f"{one.projection}: generation {one.generation} serves, and {one.differs}")
 
 
 @projection.command()
@@ -197,15 +204,28 @@ async def _list(service: Service, chosen: Settings) -> list[GenerationLine]:
     async with attached(service, chosen) as connection:
         for one in all_projections(service):
             rows = workshop(connection, one).rows
+            shape = Columns(one.name, one.row).shape
             found = await rows.generations()
             if not found:
                 lines.append(GenerationLine(one.name, one.version, 0, 0, "not started", None, None, None))
             for made in found:
-                count = await rows.count() if made.status == "serving" else None
+                count, differs = None, None
+                if made.status is Status.SERVING:
+                    count = await rows.count()
+                    if (made.version, made.shape) != (one.version, shape):
+                        differs = _how_it_differs(one, made.version)
                 lines.append(
                     GenerationLine(
                         one.name, one.version, made.number, made.version, made.status.value, made.created_at,
-                        made.swapped_at, count,
+                        made.swapped_at, count, differs,
                     )
                 )  # fmt: skip
     return lines
+
+
+def _how_it_differs(projection: Projection[Any], serving: int) -> str:
+    mine = f"this code is version {projection.version}"
+    if serving > projection.version:
+        return f"{mine}: a worker of it stands by"
+    what = "this code has other columns" if serving == projection.version else mine
+    return f"{what}: the next worker that starts builds another one"

@@ -17,7 +17,7 @@ from foldbus.cli.loading import AppArgument, BadSettings, BusOption, StoreOption
 from foldbus.cli.logs import hear_drivers, log_to_stderr
 from foldbus.cli.running import WRONG, end_at_once
 from foldbus.health_server import HealthServer
-from foldbus.process import tune
+from foldbus.process import giving_memory_back, tune
 from foldbus.service import Service
 from foldbus.settings import Settings
 from foldbus.worker import Worker
@@ -92,6 +92,7 @@ async def _run(service: Service, chosen: Settings) -> BaseException | None:
                     settings=chosen.worker(),
                 )
             )
+            await stack.enter_async_context(giving_memory_back())
             worker = connection.worker
             if health is not None:
                 health.worker = worker

@@ -170,6 +170,33 @@ async def test_skipped_records_move_the_commit_and_are_counted() -> None:
     assert metrics.total("foldbus_skipped_total", type="other") == 10
 
 
+async def test_a_topic_of_which_all_is_skipped_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    transport, processor = FakeTransport(), Recorder()
+    for _ in range(150):
+        transport.record("a", type="other")
+    engine, _ = make_engine(transport, processor)
+    async with running(engine):
+        await transport.assign(0)
+        await eventually(lambda: transport.committed.get((T, 0)) == 150, what="commit")
+        for _ in range(150):
+            transport.record("a", type="other")
+        await eventually(lambda: transport.committed.get((T, 0)) == 300, what="commit")
+    (line,) = [one for one in caplog.messages if "misspelt" in one]
+    assert f"records of {T} are all of types that it does not name: other (" in line
+
+
+async def test_a_topic_of_which_something_is_handled_is_not_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    transport, processor = FakeTransport(), Recorder()
+    transport.record("a")
+    for _ in range(300):
+        transport.record("a", type="other")
+    engine, _ = make_engine(transport, processor)
+    async with running(engine):
+        await transport.assign(0)
+        await eventually(lambda: transport.committed.get((T, 0)) == 301, what="commit")
+    assert not [one for one in caplog.messages if "misspelt" in one]
+
+
 async def test_the_watermark_given_along_is_what_was_handled_before_that_call() -> None:
     transport, processor = FakeTransport(), Recorder()
     transport.committed[T, 0] = processor.stored[T, 0] = 5

@@ -15,7 +15,8 @@ from bus.errors import UnknownType
 from bus.messages import Command, Event, Key, Message, Refused
 from bus.registry import Registry
 from bus.seams import SystemClock, Uuid7Ids
-from eventstore.decider import BadDecider, BadDecision, Decider, DeciderBehaviour
+from eventstore.decider import Aggregate, BadDecider, BadDecision, Decider, DeciderBehaviour, NoState
+from eventstore.port import Bodies
 
 
 class Opened(Event, type="bank.opened.v1"):
@@ -197,3 +198,67 @@ class TestADecision:
     def test_of_an_unknown_command_is_bad_input(self, behaviour: DeciderBehaviour) -> None:
         with pytest.raises(UnknownType):
             behaviour.stream_of(enveloped(Open(account="a"), type="bank.close.v1"))
+
+
+def forgetful(state: Balance, event: BankEvent) -> Balance:
+    match event:
+        case Opened():
+            return replace_model(state, open=True)
+        case Deposited(cents=cents):
+            return replace_model(state, cents=state.cents + cents)
+    return None  # type: ignore[return-value]  # as a match without a case for the third one does
+
+
+def closing(state: Balance | None, event: BankEvent) -> Balance | None:
+    return None if isinstance(event, Audited) else Balance(open=True)
+
+
+def behaviour_of(evolve: Any, initial: Any) -> DeciderBehaviour:
+    decider: Any = Decider("account", initial=initial, evolve=evolve, decide=decide)
+    return DeciderBehaviour([decider], service="bank", codec=codec, ids=ids, clock=SystemClock())
+
+
+class TestAStateThatIsNone:
+    missing = "evolve of Decider\\('account'\\) gave None for bank.audited.v1; wanted a state"
+    opened, audited, paid = (Opened(account="a"), Audited(account="a"), Deposited(account="a", cents=1))
+
+    def test_is_found_before_the_event_that_made_it_is_stored(self) -> None:
+        behaviour = behaviour_of(forgetful, Balance())
+        state = behaviour.initial(StreamId("account", "a"))
+        state = replace(state, state=Balance(open=True))
+        with pytest.raises(NoState, match=self.missing):
+            behaviour.decide(state, enveloped(Deposit(account="a", cents=1)))
+
+    def test_names_the_event_that_made_it_and_not_the_next_one_that_met_it(self) -> None:
+        behaviour = behaviour_of(forgetful, Balance())
+        state = behaviour.initial(StreamId("account", "a"))
+        stored = [enveloped(event) for event in (self.opened, self.audited)]
+        with pytest.raises(NoState, match=self.missing):
+            behaviour.fold(state, stored)
+        with pytest.raises(NoState, match=self.missing) as found:
+            behaviour.fold(state, [*stored, enveloped(self.paid)])
+        assert isinstance(found.value.__context__, AttributeError)
+        bodies = Bodies(StreamId("account", "a"), [one.type for one in stored], [one.data for one in stored])
+        with pytest.raises(NoState, match=self.missing):
+            behaviour.fold_bodies(state, bodies)
+
+    def test_another_error_stays_what_it_is(self) -> None:
+        def wrong(state: Balance, event: BankEvent) -> Balance:
+            raise LookupError("of its own")
+
+        behaviour = behaviour_of(wrong, Balance())
+        with pytest.raises(LookupError, match="of its own"):
+            behaviour.fold(behaviour.initial(StreamId("account", "a")), [enveloped(self.opened)])
+
+    def test_is_a_state_like_any_other_where_evolve_says_so(self) -> None:
+        behaviour = behaviour_of(closing, None)
+        state = behaviour.initial(StreamId("account", "a"))
+        stored = [enveloped(event) for event in (self.opened, self.audited)]
+        assert behaviour.fold(state, stored).state is None
+        assert behaviour.fold(Aggregate(state.decider, Balance()), [*stored, enveloped(self.paid)]).state == Balance(
+            open=True
+        )
+        bodies = Bodies(StreamId("account", "a"), [one.type for one in stored], [one.data for one in stored])
+        folded = behaviour.fold_bodies(state, bodies)
+        assert folded is not None
+        assert folded.state is None

@@ -25,7 +25,7 @@ from foldbus import Connection, Service
 from foldbus.cli import app as program
 from foldbus.settings import Settings
 from foldbus.worker import Worker
-from tests.foldbus.desk import Desk, cli, dead_letters
+from tests.foldbus.desk import SOURCE, Desk, cli, dead_letters
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,6 +85,31 @@ class TestEveryCommand:
         assert desk.cli("db check", env=env).out.count("data") == 1
 
 
+_WITH_HANDLERS = """
+from foldbus import AT_MOST_ONCE, BareContext, EffectContext, handler
+
+
+class Ring(Command[Opened], type="desk.ring.v1"):
+    ticket_id: Key[str]
+
+
+class SeenElsewhere(Event, type="other.seen.v1"):
+    name: Key[str]
+
+
+@handler(effect=True)
+async def ring(command: Ring, ctx: EffectContext) -> Opened:
+    raise NotImplementedError
+
+
+@handler(delivery=AT_MOST_ONCE)
+async def watch(event: SeenElsewhere, ctx: BareContext) -> None: ...
+
+
+app = Service("desk", handlers=[ring, watch])
+"""
+
+
 class TestDescribe:
     def test_tells_the_table_without_opening_anything(self, desk: Desk) -> None:
         found = cli(
@@ -102,7 +127,30 @@ class TestDescribe:
             {"name": "tidy", "version": 1, "starts_on": "desk.opened.v1", "group": "desk.saga.tidy"}
         ]
         assert [one["name"] for one in found["projections"]] == ["tickets", "foldbus-sagas"]
+        assert found["handlers"] == []
         assert not list(Path().iterdir())
+
+    def test_tells_handlers_with_what_they_take(self, desk: Desk) -> None:
+        exec(compile(_WITH_HANDLERS, "handlers", "exec"), desk.module.__dict__)
+        assert cli("describe", desk.app, "--json").data["handlers"] == [
+            {
+                "name": "ring",
+                "effect": True,
+                "delivery": "exactly-once",
+                "commands": [{"type": "desk.ring.v1", "key": "ticket_id", "reply": "desk.opened.v1"}],
+                "events": [],
+            },
+            {
+                "name": "watch",
+                "effect": False,
+                "delivery": "at-most-once",
+                "commands": [],
+                "events": [{"type": "other.seen.v1", "key": "name", "topic": "other.events"}],
+            },
+        ]
+        shown = cli("describe", desk.app).out
+        assert "handler ring, an effect\n  takes desk.ring.v1, answers desk.opened.v1\n" in shown
+        assert "handler watch, at-most-once\n  reads other.events: other.seen.v1\n" in shown
 
     async def test_names_the_groups_that_a_worker_truly_joins(self, desk: Desk) -> None:
         async with desk.service.connect(store=desk.store, bus=desk.bus) as connection:
@@ -475,6 +523,25 @@ class TestProjections:
         assert len(more) == 8
         assert "5 rows more are different" in said.err
         assert "15 different" in said.err.splitlines()[-1]
+
+    def test_that_are_not_of_this_code_are_listed_with_what_comes_of_that(self, desk: Desk) -> None:
+        def listed(source: str) -> tuple[Any, str]:
+            exec(compile(source.replace("NAME", desk.name), "desk_service.txt", "exec"), desk.module.__dict__)
+            said = desk.cli("projection list", "--json").data["generations"]
+            (serving,) = (one for one in said if (one["projection"], one["status"]) == ("tickets", "serving"))
+            return serving["differs"], desk.cli("projection list").err
+
+        desk.open(1)
+        assert listed(SOURCE) == (None, "")
+        wider = SOURCE.replace("    closed: bool = False", "    closed: bool = False\n    shelf: str = ''")
+        differs, said = listed(wider)
+        assert differs == "this code has other columns: the next worker that starts builds another one"
+        assert said.strip() == f"tickets: generation 1 serves, and {differs}"
+        newer = SOURCE.replace('projection("tickets", version=1)', 'projection("tickets", version=2)')
+        assert listed(newer)[0] == "this code is version 2: the next worker that starts builds another one"
+        assert desk.cli("projection rebuild", "tickets").code == 0
+        assert listed(newer)[0] is None
+        assert listed(SOURCE)[0] == "this code is version 1: a worker of it stands by"
 
     def test_of_the_framework_cannot_be_named_by_users(self, desk: Desk) -> None:
         from foldbus import BadService, Service

@@ -160,6 +160,15 @@ class TestRedrive:
 async def _nothing(connection: Connection) -> Any: ...
 
 
+def test_a_filter_that_meets_no_letter_says_so(desk: Desk) -> None:
+    (id,) = poison(desk, "a")
+    for verb, more in (("redrive", ()), ("discard", ("--reason", "a test order"))):
+        said = desk.cli(f"dlq {verb}", "--consumer", "desk.saga.*", "--yes", *more)
+        assert (said.code, said.out) == (0, "")
+        assert "no open dead letter matches; nothing was changed" in said.err
+    assert [one["id"] for one in desk.cli("dlq list", "--json").data["dead_letters"]] == [id]
+
+
 class TestDiscard:
     def test_wants_a_reason_and_keeps_it(self, desk: Desk) -> None:
         (id, other) = poison(desk, "a", "b")

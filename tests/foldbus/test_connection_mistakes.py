@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,16 @@ async def pinger(tmp_path: Path) -> AsyncIterator[Connection]:
 
 async def test_no_answer_asks_for_a_worker_of_the_service(pinger: Connection) -> None:
     await pinger.inbox.ready()
-    with pytest.raises(OutcomeUnknown, match=r"is a worker of 'pinger' running \(foldbus run, or connect\(worker"):
+    with pytest.raises(
+        OutcomeUnknown, match=r"is a worker of 'pinger' running there \(foldbus run, or connect\(worker"
+    ):
+        await pinger.request(Ping(name="a"), timeout_s=0.2)
+
+
+async def test_no_answer_says_on_which_bus_nobody_answered(pinger: Connection, tmp_path: Path) -> None:
+    """Most often it is another one than the worker's."""
+    await pinger.inbox.ready()
+    with pytest.raises(OutcomeUnknown, match=f"no answer within 0.2 s on embedded:{re.escape(str(tmp_path))};"):
         await pinger.request(Ping(name="a"), timeout_s=0.2)
 
 
@@ -80,3 +90,24 @@ async def test_a_message_class_without_a_type_name_is_named(pinger: Connection) 
             unit.publish(UntypedEvent(name="a"))
         with pytest.raises(BadMessageClass, match="UntypedCommand has no type name"):
             unit.send(UntypedCommand(name="a"))
+
+
+class Elsewhere(Event, type="ponger.ponged.v1"):
+    name: Key[str]
+
+
+class Imported(Event, type="pinger.imported.v1", topic="legacy.pings"):
+    name: Key[str]
+
+
+async def test_an_event_that_others_wait_for_elsewhere_is_not_published(pinger: Connection) -> None:
+    async with pinger.unit() as unit:
+        with pytest.raises(
+            BadMessageClass, match=r"ponger\.ponged\.v1 belongs to service 'ponger', and service 'pinger'"
+        ):
+            unit.publish(Elsewhere(name="a"))
+        with pytest.raises(BadMessageClass, match=r"pinger\.imported\.v1 arrives on 'legacy\.pings'"):
+            unit.publish(Imported(name="a"), delay_s=1)
+        assert (unit.outgoing, unit.delays) == ((), False)
+        unit.publish(Pinged(name="a"))
+        assert [one.topic for one in unit.outgoing] == ["pinger.events"]

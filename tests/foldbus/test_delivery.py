@@ -213,6 +213,16 @@ class TestAtMostOnce:
         assert tracker.metrics.total("foldbus_handled_total") == 2
         assert tracker.metrics.total("foldbus_skipped_total", type="shop.other.v1") == 1
 
+    async def test_says_once_when_nothing_of_its_topic_is_named(self, caplog: pytest.LogCaptureFixture) -> None:
+        async def track(event: Seen, ctx: BareContext) -> None: ...
+
+        tracker = Tracker(track)
+        for _ in range(12):
+            await tracker.handle(*[Other(who="a")] * 10)
+        (line,) = [one for one in caplog.messages if "misspelt" in one]
+        assert "the first 100 records of" in line
+        assert "shop.other.v1 (100)" in line
+
     async def test_gives_the_envelope_as_it_came(self) -> None:
         contexts: list[BareContext] = []
 

@@ -182,6 +182,24 @@ async def test_types_not_named_are_skipped_but_move_the_place(transport: Transpo
     assert metrics.total("foldbus_projection_skipped_total", reason="type") == 1
 
 
+async def test_a_topic_of_which_no_type_is_named_is_told_once(
+    transport: Transport, topic: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise whoever misspells a type has an empty read model, and nothing that says why."""
+    for sku in range(120):
+        await moved(transport, topic, sku, sku + 1)
+    async with topic_feed(transport, topic, LegacySeen) as feed, asyncio.timeout(40):
+        after = Checkpoint()
+        while after.places.get((topic, 0), Place()).offset < 120:
+            after = (await feed.read(after, limit=50, timeout_s=0.2)).checkpoint
+    (line,) = [one for one in caplog.messages if "misspelt" in one]
+    assert f"records of {topic} are all of types that it does not name: {Moved.type_name} (" in line
+    caplog.clear()
+    async with topic_feed(transport, topic, Moved) as feed:
+        await drained(feed, Checkpoint(), n=120)
+    assert not caplog.messages
+
+
 async def test_what_is_no_event_comes_as_a_bad_record_and_the_rest_goes_on(transport: Transport, topic: str) -> None:
     await moved(transport, topic, 1, 1)
     await publish_raw(transport, Outgoing(topic, b"k", b"\xff not an event", (("h", b"\xfe"),), partition=0))

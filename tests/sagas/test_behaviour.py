@@ -13,6 +13,7 @@ import pytest
 
 from bus.envelope import Envelope, Kind, ReplyOutcome, ReplyTo, StreamId
 from bus.errors import BadInput, Undecodable, UnknownType
+from bus.messages import Command
 from eventstore.port import CancelTimer, Timer
 from sagas import BadSaga, CancelSaga, RetrySaga, SagaBehaviour, SagaRun, Status, StepFailed, saga, saga_id
 from sagas.testing import Cancelled, Died, VirtualClock
@@ -479,21 +480,21 @@ def test_an_undo_that_fails_parks_and_each_retry_is_a_new_command() -> None:
 
 
 def test_a_fixed_undo_is_what_a_retry_sends() -> None:
-    def story(release: str) -> Any:
+    def story(undo: Command[Any]) -> Any:
         @saga("story", version=1)
         async def undoing(run: SagaRun, placed: OrderPlaced) -> None:
-            await run.step(Reserve(order_id="o"), undo=Release(order_id=release))
+            await run.step(Reserve(order_id="o"), undo=undo)
             raise StepFailed("enough")
 
         return undoing
 
-    world = World(story("wrong"))
+    world = World(story(Reserve(order_id="o")))  # reserves once more
     world.start(PLACED)
     world.answer(Reserved())
     world.answer(Died("no such order"))
-    world.deploy(story("right"))
+    world.deploy(story(Release(order_id="o")))
     world.retry()
-    assert world.commands()[-1] == Release(order_id="right")
+    assert world.commands()[-1] == Release(order_id="o")
     world.answer(None)
     assert world.types()[-1] == "saga-compensated"
 

@@ -257,6 +257,17 @@ def test_an_undo_for_another_service_parks() -> None:
     assert "different services" in why(begin(crossed)[0])
 
 
+def test_an_undo_under_another_key_parks_before_the_step_is_sent() -> None:
+    """It would find nothing to undo, say so, and the saga would call itself compensated."""
+
+    async def slipped(run: SagaRun, placed: OrderPlaced) -> None:
+        await run.step(Reserve(order_id="o"), undo=Release(order_id="p"))
+
+    saga, plans = begin(slipped)
+    assert plans == []
+    assert "has key 'o' and its undo stock.release.v1 has key 'p'" in why(saga)
+
+
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf")])
 def test_a_timeout_that_makes_no_sense_parks(timeout_s: float) -> None:
     async def story(run: SagaRun, placed: OrderPlaced) -> None:
