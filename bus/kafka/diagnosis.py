@@ -22,6 +22,7 @@ from aiokafka.errors import (
 )
 from aiokafka.protocol.metadata import MetadataRequest
 
+from bus.kafka.internals import close_connection
 from bus.links import LinkRefused, found_in, refuses_ours, speaks_no_tls
 
 _driver: Any = conn  # it has no types
@@ -58,12 +59,13 @@ async def _look(host: str, port: int, options: Mapping[str, Any]) -> str | list[
     ours = {name: value for name, value in options.items() if name != "bootstrap_servers"}
     welcome = False
     try:
-        connection: Any = await _driver.create_conn(host, port, **ours)
-        welcome = True
+        connection: Any = _driver.AIOKafkaConnection(host, port, **ours)
         try:
+            await connection.connect()
+            welcome = True
             metadata = await connection.send(MetadataRequest([]))
         finally:
-            connection.close()
+            await close_connection(connection)
         return [(str(broker[1]), int(broker[2])) for broker in metadata.brokers]
     except (KafkaError, OSError, EOFError, TimeoutError) as error:
         for one in _causes(error):

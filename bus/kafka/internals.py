@@ -93,6 +93,15 @@ async def abandon_producer(producer: Any) -> None:
                 future.exception()  # seen: nobody else may be waiting for it
 
 
+async def close_connection(connection: Any) -> None:
+    """Closes an `AIOKafkaConnection` and waits until its socket is closed. Its own `close` only begins to: over TLS it
+    is the other side that ends it. Nothing public tells whether there is anything to wait for."""
+    stood = connection._protocol is not None
+    ended: asyncio.Future[None] = connection.close()
+    if stood:
+        await asyncio.wait({ended}, timeout=ABANDON_TIMEOUT_S)
+
+
 async def abandon_consumer(raw: Any) -> None:
     """Ends a consumer whose `stop()` did not return."""
     coordinator = raw._coordinator

@@ -123,6 +123,11 @@ def test_aiokafka_still_has_inside_what_the_adapter_uses() -> None:
         Fetcher: ["async def close(self)", "for tp in list(self._records.keys()):"],
         AIOKafkaAdminClient: ["async def _send_request("],
         AIOKafkaClient: ["async def close(self)"],
+        AIOKafkaConnection: [
+            "self._reader = self._writer = self._protocol = None",
+            "self._reader, self._writer, self._protocol = reader, writer, protocol",
+            "return self._closed_fut",
+        ],
     }
     for owner, pieces in used.items():
         source = inspect.getsource(owner)

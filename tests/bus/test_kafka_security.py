@@ -14,11 +14,15 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from aiokafka.conn import AIOKafkaConnection
 
 from bus.errors import BusError, TransportUnavailable
 from bus.kafka import KafkaTransport
+from bus.kafka.diagnosis import why_refused
+from bus.kafka.options import client_options
 from bus.links import LinkRefused, found_in
 from bus.transport import Ack, Outgoing, PollSettings
 from tests.bus.transports import Recorder, new_topic, take, unique
@@ -215,6 +219,30 @@ async def test_what_does_not_fit_is_told_in_one_line_and_at_once(
     for secret in ("wrong-secret", PASSWORD):
         assert secret not in str(refused.value)
         assert secret not in caplog.text
+
+
+@pytest.mark.parametrize("case", ["nothing is wrong", "the login is refused"])
+async def test_asking_why_leaves_no_socket_open(
+    secure: SecureKafka, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over TLS closing takes a round trip; a program that ends right after would be told of an unclosed socket."""
+    made: list[Any] = []
+
+    class Noticed(AIOKafkaConnection):  # type: ignore[misc]  # aiokafka has no types
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr("aiokafka.conn.AIOKafkaConnection", Noticed)
+    extra = login(secure)
+    where = secure.bootstrap["login"]
+    if case == "the login is refused":
+        extra = {**extra, "sasl_plain_password": "wrong-secret"}
+    options = client_options(where, PollSettings(extra=extra), client_id="why")
+    refused = await why_refused(options, timeout_s=20)
+    assert (refused is None) is (case == "nothing is wrong")
+    assert made
+    assert all(one._protocol is not None and one._closed_fut.done() for one in made)
 
 
 async def test_nobody_there_is_no_matter_of_settings(secure: SecureKafka) -> None:
