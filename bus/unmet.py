@@ -1,7 +1,8 @@
 """Topics of which a reader skips everything: most often a type's name is misspelt, and nothing else would say so.
 
 Skipping what nobody names is every reader's daily work, so it is counted and not logged. But a topic of which the first
-`ENOUGH` records are all skipped is worth one line. Once a record of it was wanted it is not looked at again.
+`ENOUGH` records are all skipped is worth one line. Once a record of it was wanted it is not looked at again. Who goes
+on where it was, beyond a partition's first record, is not judged at all: what it wants may have been before.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ _SHOWN = 5
 class Unmet:
     """Of one reader, for as long as it is open."""
 
-    __slots__ = ("_log", "_reader", "_settled", "_skipped")
+    __slots__ = ("_begun", "_log", "_reader", "_settled", "_skipped")
 
     def __init__(self, reader: str, log: logging.Logger) -> None:
         self._reader, self._log = reader, log
+        self._begun: set[tuple[str, int]] = set()
         self._skipped: dict[str, Counter[str]] = {}
         self._settled: set[str] = set()
 
@@ -32,9 +34,18 @@ class Unmet:
 
     def took(self, deliveries: Sequence[Delivery], skipped: Mapping[tuple[str, str], int]) -> None:
         """Of these records so many were skipped, by topic and type."""
-        for topic, came in Counter(delivery.assignment.topic for delivery in deliveries).items():
+        for topic, came in Counter(map(self._begins, deliveries)).items():
             types = {name: n for (where, name), n in skipped.items() if where == topic}
             self.read(topic, wanted=came > sum(types.values()), skipped=types)
+
+    def _begins(self, delivery: Delivery) -> str:
+        """The record's topic, which is settled when this is the first one of its partition and not at its beginning."""
+        topic, place = delivery.topic, (delivery.topic, delivery.partition)
+        if place not in self._begun:
+            self._begun.add(place)
+            if delivery.offset > 0:
+                self._settled.add(topic)
+        return topic
 
     def read(self, topic: str, *, wanted: bool, skipped: Mapping[str, int]) -> None:
         """Was any record of this topic wanted, and which were skipped, by type?"""

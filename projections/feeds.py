@@ -156,7 +156,7 @@ class TopicFeed:
         records: list[FeedRecord] = []
         bad: list[BadRecord] = []
         skipped: Counter[str] = Counter()
-        unmet, others = self._wanted.unmet, Counter[str]()
+        unmet, others = self._wanted.unmet, Counter[tuple[str, str]]()
         watching = unmet.watches((self.topic,))
         for delivery in found:
             part = delivery.partition
@@ -173,10 +173,10 @@ class TopicFeed:
             else:
                 skipped[taken] += 1
                 if watching and taken == "type":
-                    others[_peek(delivery.headers)[0] or "(in structured mode)"] += 1
+                    others[self.topic, _peek(delivery.headers)[0] or "(in structured mode)"] += 1
         self._wanted.skipped(self.topic, skipped)
         if watching:
-            unmet.read(self.topic, wanted=bool(records or bad), skipped=others)
+            unmet.took(found, others)
         self._next = {part: place.offset for part, place in places.items()}
         await self._look_at_ends(consumer, fresh=not found)
         behind = sum(max(0, end - places[part].offset) for part, end in self._ends.items() if part in places)
