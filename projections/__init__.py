@@ -32,7 +32,7 @@ from projections.port import (
 from projections.reading import Difference, ReadModel, Verified, verify
 from projections.rebuild import rebuild, swap_back
 from projections.rows import PostgresRows, SqliteRows, rows_for
-from projections.runner import Doing, ProjectionRunner, RunnerState
+from projections.runner import Doing, ProjectionRunner, RunnerState, what_to_do
 from projections.waiting import wait_for
 
 __all__ = [
@@ -82,4 +82,5 @@ __all__ = [
     "swap_back",
     "verify",
     "wait_for",
+    "what_to_do",
 ]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Generic
+from typing import Any, Generic
 
 from bus.errors import Fenced, MissingTopics
 from projections.building import Builder, Progress, Workshop
+from projections.definition import Projection
 from projections.errors import BadProjection, NameTaken
 from projections.port import Generation, Row, Status
 from projections.rebuild import rebuild
@@ -44,6 +46,19 @@ class RunnerState:
     error: str = ""
 
 
+def what_to_do(projection: Projection[Any], serving: Generation, generations: Sequence[Generation]) -> Doing:
+    """What a process that runs this code does: FOLLOWING, BUILDING or STANDING_BY."""
+    mine = (projection.version, Columns(projection.name, projection.row).shape)
+    if (serving.version, serving.shape) == mine:
+        return Doing.FOLLOWING
+    for one in generations:
+        if one.status is Status.BUILDING and one.version > projection.version:
+            return Doing.STANDING_BY
+        if one.status in _PASSED and one.swapped_at and (one.version, one.shape) == mine:
+            return Doing.STANDING_BY  # what this code makes was swapped out already
+    return Doing.STANDING_BY if projection.version < serving.version else Doing.BUILDING
+
+
 class ProjectionRunner(Generic[Row]):
     """Runs one projection in one process; any number of processes may run it, one leads.
 
@@ -59,7 +74,6 @@ class ProjectionRunner(Generic[Row]):
     def __init__(self, shop: Workshop[Row], *, rng: random.Random | None = None) -> None:
         self.shop = shop
         self.state = RunnerState()
-        self._shape = Columns(shop.projection.name, shop.projection.row).shape
         self._random = rng or random.Random()
         self._failures = 0
         self._missing_at: float | None = None
@@ -83,7 +97,7 @@ class ProjectionRunner(Generic[Row]):
     async def _once(self) -> None:
         """Does what the serving generation calls for, until that changes."""
         serving = await self.shop.rows.serving()
-        match await self._what_to_do(serving):
+        match what_to_do(self.shop.projection, serving, await self.shop.rows.generations()):
             case Doing.FOLLOWING:
                 await self._follow(serving)
             case Doing.BUILDING:
@@ -102,17 +116,6 @@ class ProjectionRunner(Generic[Row]):
                     self._count("foldbus_projection_standing_by_total")
                 self.state = RunnerState(Doing.STANDING_BY, serving.number)
                 await asyncio.sleep(self.shop.settings.poll_s)
-
-    async def _what_to_do(self, serving: Generation) -> Doing:
-        mine = (self.shop.projection.version, self._shape)
-        if (serving.version, serving.shape) == mine:
-            return Doing.FOLLOWING
-        for one in await self.shop.rows.generations():
-            if one.status is Status.BUILDING and one.version > mine[0]:
-                return Doing.STANDING_BY
-            if one.status in _PASSED and one.swapped_at and (one.version, one.shape) == mine:
-                return Doing.STANDING_BY  # what this code makes was swapped out already
-        return Doing.STANDING_BY if mine[0] < serving.version else Doing.BUILDING
 
     async def _follow(self, serving: Generation) -> None:
         """Leads the serving generation until it is another one, or until the lease is lost."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import typer
 
+from bus.messages import Command
 from foldbus.cli.loading import AppArgument, JsonOption, UnusedBus, UnusedStore, load_service
 from foldbus.cli.showing import print_columns, print_json
 from foldbus.service import Service
@@ -48,10 +50,7 @@ def document(service: Service) -> dict[str, Any]:
         "deciders": [
             {
                 "category": one.category,
-                "commands": [
-                    {"type": str(command.type_name), "key": command.key_field, "reply": _name(command.reply_type())}
-                    for command in one.commands
-                ],
+                "commands": _commands(one.commands),
                 "events": [
                     {"type": str(event.type_name), "key": event.key_field, "public": event.public}
                     for event in one.events
@@ -64,10 +63,7 @@ def document(service: Service) -> dict[str, Any]:
                 "name": one.name,
                 "effect": one.effect,
                 "delivery": str(one.delivery),
-                "commands": [
-                    {"type": str(command.type_name), "key": command.key_field, "reply": _name(command.reply_type())}
-                    for command in one.commands
-                ],
+                "commands": _commands(one.commands),
                 "events": [
                     {"type": str(event.type_name), "key": event.key_field, "topic": service.topic_of(event)}
                     for event in one.events
@@ -102,6 +98,13 @@ def document(service: Service) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _commands(taken: Sequence[type[Command[Any]]]) -> list[dict[str, Any]]:
+    return [
+        {"type": str(command.type_name), "key": command.key_field, "reply": _name(command.reply_type())}
+        for command in taken
+    ]
+
+
 def _name(reply: Any) -> str | None:
     if reply is None:
         return None
@@ -117,14 +120,12 @@ def _show(found: dict[str, Any]) -> None:
     )
     for decider in found["deciders"]:
         print(f"\ndecider {decider['category']}")
-        for command in decider["commands"]:
-            print(f"  takes {command['type']}, answers {command['reply'] or 'nothing'}")
+        _show_commands(decider["commands"])
         for event in decider["events"]:
             print(f"  {'publishes' if event['public'] else 'keeps'} {event['type']}")
     for one in found["handlers"]:
         print(f"\nhandler {one['name']}, {'an effect' if one['effect'] else one['delivery']}")
-        for command in one["commands"]:
-            print(f"  takes {command['type']}, answers {command['reply'] or 'nothing'}")
+        _show_commands(one["commands"])
         for event in one["events"]:
             print(f"  reads {event['topic']}: {event['type']}")
     for saga in found["sagas"]:
@@ -137,3 +138,8 @@ def _show(found: dict[str, Any]) -> None:
         print(f"\nreads {one['type']} as {', '.join(one['read_as']) or 'nothing'}")
     if found["foreign_topics"]:
         print(f"\nneeds from others: {', '.join(found['foreign_topics'])}")
+
+
+def _show_commands(commands: Sequence[dict[str, Any]]) -> None:
+    for command in commands:
+        print(f"  takes {command['type']}, answers {command['reply'] or 'nothing'}")

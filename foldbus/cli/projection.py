@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Annotated, Any
@@ -17,9 +18,7 @@ from foldbus.progress import Progress
 from foldbus.service import Service
 from foldbus.settings import Settings
 from foldbus.views import View, all_projections, workshop
-from projections import Difference, Projection, RebuildStopped, Verified
-from projections.port import Status
-from projections.rows.columns import Columns
+from projections import Difference, Doing, Generation, Projection, RebuildStopped, Status, Verified, what_to_do
 
 projection = typer.Typer(no_args_is_help=True, help="Read models and their generations.")
 
@@ -204,7 +203,6 @@ async def _list(service: Service, chosen: Settings) -> list[GenerationLine]:
     async with attached(service, chosen) as connection:
         for one in all_projections(service):
             rows = workshop(connection, one).rows
-            shape = Columns(one.name, one.row).shape
             found = await rows.generations()
             if not found:
                 lines.append(GenerationLine(one.name, one.version, 0, 0, "not started", None, None, None))
@@ -212,8 +210,7 @@ async def _list(service: Service, chosen: Settings) -> list[GenerationLine]:
                 count, differs = None, None
                 if made.status is Status.SERVING:
                     count = await rows.count()
-                    if (made.version, made.shape) != (one.version, shape):
-                        differs = _how_it_differs(one, made.version)
+                    differs = _how_it_differs(one, made, found)
                 lines.append(
                     GenerationLine(
                         one.name, one.version, made.number, made.version, made.status.value, made.created_at,
@@ -223,9 +220,12 @@ async def _list(service: Service, chosen: Settings) -> list[GenerationLine]:
     return lines
 
 
-def _how_it_differs(projection: Projection[Any], serving: int) -> str:
-    mine = f"this code is version {projection.version}"
-    if serving > projection.version:
-        return f"{mine}: a worker of it stands by"
-    what = "this code has other columns" if serving == projection.version else mine
+def _how_it_differs(projection: Projection[Any], serving: Generation, found: Sequence[Generation]) -> str | None:
+    doing = what_to_do(projection, serving, found)
+    if doing is Doing.FOLLOWING:
+        return None
+    same = serving.version == projection.version
+    what = "this code has other columns" if same else f"this code is version {projection.version}"
+    if doing is Doing.STANDING_BY:
+        return f"{what}: a worker of it stands by"
     return f"{what}: the next worker that starts builds another one"

@@ -17,7 +17,7 @@ from bus.metrics import MemoryMetrics
 from bus.seams import NoFailpoints, SystemClock, Uuid7Ids
 from bus.transport import Transport
 from eventstore.port import Store
-from foldbus.backends import open_store, open_transport
+from foldbus.backends import BusUrl, open_store, open_transport
 from foldbus.cli.logs import keep_libraries_quiet
 from foldbus.connection import Connection
 from foldbus.service import Service
@@ -111,7 +111,7 @@ async def attached(service: Service, chosen: Settings) -> AsyncGenerator[Connect
         transport = await stack.enter_async_context(transport_of(chosen))
         connection = Connection(
             service, store=store, transport=transport, clock=SystemClock(), ids=Uuid7Ids(), metrics=MemoryMetrics(),
-            failpoint=NoFailpoints(),
+            failpoint=NoFailpoints(), bus=BusUrl.parse(chosen.bus).shown,
         )  # fmt: skip
         stack.push_async_callback(connection.publisher.close)
         stack.push_async_callback(connection.inbox.close)

@@ -99,7 +99,7 @@ class SeenElsewhere(Event, type="other.seen.v1"):
 
 @handler(effect=True)
 async def ring(command: Ring, ctx: EffectContext) -> Opened:
-    raise NotImplementedError
+    return Opened(ticket_id=command.ticket_id, number=1)
 
 
 @handler(delivery=AT_MOST_ONCE)
@@ -542,6 +542,9 @@ class TestProjections:
         assert desk.cli("projection rebuild", "tickets").code == 0
         assert listed(newer)[0] is None
         assert listed(SOURCE)[0] == "this code is version 1: a worker of it stands by"
+        assert desk.cli("projection swap-back", "tickets", "--yes").code == 0
+        # It was swapped out by somebody, so no worker takes it back by itself.
+        assert listed(newer)[0] == "this code is version 2: a worker of it stands by"
 
     def test_of_the_framework_cannot_be_named_by_users(self, desk: Desk) -> None:
         from foldbus import BadService, Service

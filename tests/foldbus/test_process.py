@@ -27,7 +27,6 @@ async def held() -> int:
 
 async def test_what_the_heap_has_free_goes_back_to_the_system() -> None:
     async with giving_memory_back(every_s=0.02, share=0.05):
-        await asyncio.sleep(0.1)
         kept = holes(40)
         full = resident()
         await eventually(held, lambda now: now <= full - 30 * MIB)
