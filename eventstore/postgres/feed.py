@@ -118,7 +118,8 @@ class Wakeups:
             await asyncio.sleep(_RECONNECT_S)
 
     async def _converse(self) -> None:
-        db = await asyncpg.connect(self._dsn, timeout=10)
+        # NOTIFY takes a transaction number, so each would wait for the disk, and a lone appender beside it.
+        db = await asyncpg.connect(self._dsn, timeout=10, server_settings={"synchronous_commit": "off"})
         closed = asyncio.Event()
         try:
             own = db.get_server_pid()

@@ -2,6 +2,9 @@
 
 A raw connection is in autocommit, so giving it back costs no round trip. One that was left in the middle of something
 (cancelled, timed out, inside a transaction) is closed, never given to the next caller.
+
+Both kinds come from the engine's pool, so its size bounds them together; whoever comes first is served first. Going
+through the engine takes two greenlets, a tenth of a lone append: what is given back in order is kept at hand.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any, cast
 
 import asyncpg
 from sqlalchemy import URL, PoolProxiedConnection, QueuePool, event, make_url
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util.concurrency import greenlet_spawn
 
@@ -72,36 +75,77 @@ def make_engine(dsn: str, *, service: str, pool_size: int, timeout_s: float) -> 
 
 
 class Pool:
-    """The driver's connections from an engine's pool."""
+    """An engine's connections: the driver's own (`connection`), and SQLAlchemy's (`sql`). Both raise TimeoutError when
+    none became free within `timeout_s`."""
 
-    def __init__(self, engine: AsyncEngine, metrics: Metrics) -> None:
-        self._engine, self._metrics = engine, metrics
+    def __init__(self, engine: AsyncEngine, metrics: Metrics, *, timeout_s: float) -> None:
+        self._engine, self._metrics, self._timeout_s = engine, metrics, timeout_s
+        self._turns = asyncio.Semaphore(cast("QueuePool", engine.pool).size())
+        self._kept: list[PoolProxiedConnection] = []
         self._closing: set[asyncio.Task[None]] = set()
         event.listen(engine.sync_engine, "checkin", self._returned)
 
     @asynccontextmanager
     async def connection(self) -> AsyncGenerator[asyncpg.Connection[asyncpg.Record], None]:
-        pooled = await self._acquire()
-        driver = cast("asyncpg.Connection[asyncpg.Record]", pooled.driver_connection)
-        clean = cancelled = False
+        """The driver's, in autocommit."""
+        await self._turn()
         try:
-            yield driver
-            clean = True
-        except (asyncpg.PostgresError, asyncpg.DataError):
-            clean = True  # answered and over: in autocommit the statement is rolled back
-            raise
-        except FoldbusError as error:
-            clean = error.__cause__ is None  # said between statements, not of one that got no answer
-            raise
-        except asyncio.CancelledError:
-            cancelled = True
-            raise
+            pooled = self._at_hand() or await self._acquire()
+            driver = _driver(pooled)
+            clean = cancelled = False
+            try:
+                yield driver
+                clean = True
+            except (asyncpg.PostgresError, asyncpg.DataError):
+                clean = True  # answered and over: in autocommit the statement is rolled back
+                raise
+            except FoldbusError as error:
+                clean = error.__cause__ is None  # said between statements, not of one that got no answer
+                raise
+            except asyncio.CancelledError:
+                cancelled = True
+                raise
+            finally:
+                if clean and not driver.is_closed() and not driver.is_in_transaction():
+                    self._kept.append(pooled)
+                else:
+                    pooled.detach()
+                    self._discard(driver, cancelled=cancelled)
         finally:
-            if clean and not driver.is_closed() and not driver.is_in_transaction():
+            self._turns.release()
+
+    @asynccontextmanager
+    async def sql(self) -> AsyncGenerator[AsyncConnection, None]:
+        """SQLAlchemy's, which begins a transaction when something is executed."""
+        await self._turn()
+        try:
+            pool = cast("QueuePool", self._engine.pool)
+            if pool.checkedin() == 0 and pool.checkedout() >= pool.size() and (pooled := self._at_hand()) is not None:
                 await greenlet_spawn(pooled.close)
-            else:
-                pooled.detach()
-                self._discard(driver, cancelled=cancelled)
+            async with self._engine.connect() as connection:
+                yield connection
+        finally:
+            self._turns.release()
+
+    async def _turn(self) -> None:
+        """Who has one finds a connection: at hand, in the engine's pool, or still to be made."""
+        if not self._turns.locked():
+            await self._turns.acquire()  # at once
+            return
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise TimeoutError(f"no connection was free for {self._timeout_s} s; nothing was asked") from None
+
+    def _at_hand(self) -> PoolProxiedConnection | None:
+        """The one that was used last."""
+        while self._kept:
+            pooled = self._kept.pop()
+            if not _driver(pooled).is_closed():
+                return pooled
+            pooled.detach()  # the server ended it meanwhile
+        return None
 
     def _returned(self, _: object, record: ConnectionPoolEntry) -> None:
         """SQLAlchemy gives back a connection whose rollback failed, for one because another task's statement still runs
@@ -115,8 +159,7 @@ class Pool:
     async def _acquire(self) -> PoolProxiedConnection:
         """A connection that must be made is made aside: cancelled in the middle of it, asyncpg leaves an exception that
         nobody retrieves. Whoever does not wait for it any more leaves it to the pool."""
-        pool = cast("QueuePool", self._engine.pool)
-        if pool.checkedin() > 0:
+        if cast("QueuePool", self._engine.pool).checkedin() > 0:
             return await self._engine.raw_connection()
         making = asyncio.ensure_future(self._engine.raw_connection())
         try:
@@ -141,7 +184,13 @@ class Pool:
     async def close(self) -> None:
         if self._closing:
             await asyncio.wait(self._closing)
+        while (pooled := self._at_hand()) is not None:
+            await greenlet_spawn(pooled.close)
         await self._engine.dispose()
+
+
+def _driver(pooled: PoolProxiedConnection) -> asyncpg.Connection[asyncpg.Record]:
+    return cast("asyncpg.Connection[asyncpg.Record]", pooled.driver_connection)
 
 
 async def _give_back(making: asyncio.Future[PoolProxiedConnection]) -> None:

@@ -25,7 +25,7 @@ from eventstore.upgrading import Look, Migration, State
 
 Driver: TypeAlias = "asyncpg.Connection[asyncpg.Record]"  # generic in its type stubs only
 
-HEAD = "0012"
+HEAD = "0013"
 """The migration that this code works with."""
 
 MIGRATIONS = Path(__file__).with_name("migrations")

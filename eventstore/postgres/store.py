@@ -101,8 +101,7 @@ class PostgresStore:
         self.schema = schema.schema_of(service)
         self.epoch = 0
         self.epoch_since: datetime | None = None
-        self.engine = engine
-        self._pool = Pool(engine, metrics)
+        self._pool = Pool(engine, metrics, timeout_s=timeout_s)
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._jitter = random.Random()
@@ -409,7 +408,7 @@ class PostgresStore:
     async def transaction(self) -> AsyncGenerator[PostgresTx, None]:
         inside: BaseException | None = None
         try:
-            async with self.engine.connect() as sql:
+            async with self._pool.sql() as sql:
                 async with sql.begin():
                     tx = PostgresTx(sql)
                     await sql.exec_driver_sql(
@@ -431,7 +430,7 @@ class PostgresStore:
     async def reading(self) -> AsyncGenerator[PostgresTx, None]:
         inside: BaseException | None = None
         try:
-            async with self.engine.connect() as sql, sql.begin():
+            async with self._pool.sql() as sql, sql.begin():
                 await sql.exec_driver_sql("set transaction isolation level repeatable read, read only")
                 try:
                     yield PostgresTx(sql)

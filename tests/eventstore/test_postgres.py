@@ -15,12 +15,14 @@ import pytest
 import pytest_asyncio
 from alembic.script import ScriptDirectory
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from bus.metrics import MemoryMetrics
 from bus.seams import SystemClock
 from eventstore.errors import BadUnit, EventStoreError, SchemaMismatch, StoreUnavailable
 from eventstore.port import ANY, Fence, Outcome, Unit, Verdict
 from eventstore.postgres import PostgresStore, schema
+from eventstore.postgres.pool import url
 from tests.eventstore.comparing import by_rank, random_units, ranks, with_ranks
 from tests.eventstore.locks import blocked, connected, nobody_blocked
 from tests.eventstore.stores import (
@@ -510,26 +512,38 @@ async def one_within(store: PostgresStore, tx: Any, unit: Unit) -> bool:
     return outcome.verdict is Verdict.COMMITTED
 
 
-async def test_units_in_autocommit_are_refused(store: PostgresStore) -> None:
+@asynccontextmanager
+async def users_own(dsn: str) -> AsyncIterator[AsyncConnection]:
+    engine = create_async_engine(url(dsn))
+    try:
+        async with engine.connect() as sql:
+            yield sql
+    finally:
+        await engine.dispose()
+
+
+async def test_units_in_autocommit_are_refused(store: PostgresStore, database: str) -> None:
     class Autocommit:
         def __init__(self, sql: Any) -> None:
             self.sql = sql
 
-    async with store.engine.connect() as sql:
+    async with users_own(database) as sql:
         await sql.execution_options(isolation_level="AUTOCOMMIT")
         with pytest.raises(EventStoreError, match="autocommit"):
             await store.commit([Unit(appends=(append("a", 0),))], tx=Autocommit(sql))
     assert await version(store, "a") == 0
 
 
-async def test_a_fresh_connection_of_the_users_engine_begins_before_units_are_written(store: PostgresStore) -> None:
+async def test_a_fresh_connection_of_the_users_engine_begins_before_units_are_written(
+    store: PostgresStore, database: str
+) -> None:
     """The trap: SQLAlchemy begins when it executes something itself, a driver's statement before that would stay."""
 
     class Own:
         def __init__(self, sql: Any) -> None:
             self.sql = sql
 
-    async with store.engine.connect() as sql:
+    async with users_own(database) as sql:
         assert await one_within(store, Own(sql), Unit(appends=(append("a", 0),)))
         await sql.rollback()
     assert await version(store, "a") == 0
@@ -595,7 +609,6 @@ async def test_statements_cached_on_an_empty_table_use_the_index_when_it_has_gro
         await store.load([wanted("s-1")])
         await store.read_bodies(wanted("s-1").stream, after=0, upto=5)
         await store.read_all(after=5, limit=5)
-    await store.engine.dispose()  # a backend reports its statistics when it ends
     async with store.connection() as db:
         assert await _scans(db) == before
 
