@@ -81,7 +81,7 @@ class ConsumerEngine:
         self._stop = asyncio.Event()
         self.pulse = Pulse(clock)
         self._stood: dict[tuple[str, int], tuple[Offset, Offset, float]] = {}
-        self._queues = KeyQueues(clock, per_key_max=settings.per_key_max)
+        self._queues = KeyQueues(clock, per_key_max=settings.per_key_max, batch_size_max=settings.batch_size_max)
         self._partitions = Partitions(
             self._transport, self._processor, self._queues, settings,
             clock=clock, metrics=metrics, failpoint=self._failpoint, rng=rng, stop=self._stop, pulse=self.pulse,
@@ -230,7 +230,8 @@ class ConsumerEngine:
     async def _run(self) -> None:
         # Tasks of their own, for cancelling run() must not cancel a poll.
         pump = asyncio.create_task(self._pump.run())
-        helpers = [asyncio.create_task(self._lanes.work()) for _ in range(self._settings.lanes)]
+        helpers = [asyncio.create_task(self._lanes.work())]
+        helpers += [asyncio.create_task(self._lanes.work(spare=True)) for _ in range(self._settings.lanes - 1)]
         helpers += [asyncio.create_task(self._lanes.bury()), asyncio.create_task(self._lanes.fate())]
         helpers.append(asyncio.create_task(self._commit_regularly()))
         try:

@@ -63,20 +63,26 @@ class Lanes:
         """Since when the call that has gone on longest is at work (`clock.monotonic()`); None: nothing is."""
         return min(self._begun.values(), default=None)
 
-    async def work(self) -> None:
-        """One lane, until cancelled."""
+    async def work(self, *, spare: bool = False) -> None:
+        """One lane, until cancelled. A spare one takes what is more than the others take at once, so that a batch is
+        decided while the one before it is written; none behind a gate that counts, whose answer is for one lane."""
         lane = object()
         queues, processor, limit_max = self._queues, self._processor, self._settings.batch_size_max
         limit, failures = limit_max, 0
+        wakes = queues.surplus if spare else queues.work
         while True:
             free = None if self.gate is None else self.gate()
-            batch = queues.take(limit if free is None else min(limit, free))
-            if not batch and free is not None:
+            if spare and (free is not None or not queues.look_for_surplus()):
+                batch = []
+            else:
+                batch = queues.take(limit if free is None else min(limit, free))
+                queues.look_for_surplus()  # for the next spare one
+            if not batch and free is not None and not spare:
                 await asyncio.sleep(GATE_S)
                 continue
             if not batch:
-                queues.work.clear()
-                await queues.work.wait()
+                wakes.clear()
+                await wakes.wait()
                 continue
             items: list[Item] = [entry.item for entry in batch if entry.item is not None]
             marks = self._partitions.marks()

@@ -211,6 +211,7 @@ class Pump:
             item = Item(envelope, delivery, unreadable=failure is not None, held=part)
             queues.put(Entry(queues.queue(envelope.key), item, delivery, part, offset, size, failure))
         self._largest = max(1, largest)
+        queues.look_for_surplus()
         for (_, type_name), n in skipped.items():
             self._metrics.count("foldbus_skipped_total", n, group=self._group, type=type_name)
             log.debug("%s: skipped %d of %s, which nobody here handles", self._group, n, type_name)

@@ -67,18 +67,20 @@ class Entry:
 
 class KeyQueues:
     """`in_flight` and `in_flight_bytes` count what came from the transport, `offers` what came from timers; both
-    until done or dropped. `progress` is set whenever any of it changes for the better."""
+    until done or dropped. `progress` is set whenever any of it changes for the better, `work` when there is something
+    to take, `surplus` when there is a full batch of it."""
 
-    def __init__(self, clock: Clock, *, per_key_max: int) -> None:
+    def __init__(self, clock: Clock, *, per_key_max: int, batch_size_max: int) -> None:
         self.in_flight = 0
         self.in_flight_bytes = 0
         self.offers = 0
         self.at_work = 0
         self.work = asyncio.Event()
+        self.surplus = asyncio.Event()
         self.verdicts = asyncio.Event()
         self.progress = asyncio.Event()
         self._clock = clock
-        self._per_key_max = per_key_max
+        self._per_key_max, self._batch_size_max = per_key_max, batch_size_max
         self._keys: dict[object, KeyQueue] = {}
         self._ready: deque[KeyQueue] = deque()
         self._doomed: deque[KeyQueue] = deque()
@@ -111,6 +113,15 @@ class KeyQueues:
             self._settle(queue)
 
     # -- going to work ------------------------------------------------------------------------------------------------
+
+    def look_for_surplus(self) -> bool:
+        """Does a full batch wait? Also what waits behind a key at work counts, so a batch may turn out smaller."""
+        found = self.in_flight + self.offers - self.at_work >= self._batch_size_max
+        if found:
+            self.surplus.set()
+        else:
+            self.surplus.clear()
+        return found
 
     def take(self, limit: int) -> list[Entry]:
         """The next batch: heads in the order in which their keys became ready, then followers."""

@@ -21,6 +21,8 @@ class EngineSettings:
     there and resumes at half (bytes may be passed by one poll). `per_key_max` queued messages of one key, or
     `spread_max` received ones above the watermark, pause their partition alone, until half of it is left.
     `offers_max` bounds timers' messages in hand, apart from the others, so that a full engine cannot starve them.
+    Of `lanes` batches that are at work side by side, all but one are begun only while a full one waits: while little
+    happens, what comes together is written together.
     `early_batch_max` is what a crash may cost a subscription that is handled at most once.
     """
 
@@ -32,7 +34,7 @@ class EngineSettings:
     per_key_max: int = 1000
     spread_max: int = 50_000
     offers_max: int = 500
-    lanes: int = 1
+    lanes: int = 2
     poll_timeout_s: float = 1.0
     attempts_max: int = 5
     retry_base_s: float = 0.05

@@ -627,7 +627,7 @@ async def test_a_hot_key_gets_what_the_others_leave() -> None:
     transport, processor = FakeTransport(), Recorder()
     processor.gate.clear()
     transport.record("first")
-    engine, _ = make_engine(transport, processor, replace(FAST, batch_size_max=10))
+    engine, _ = make_engine(transport, processor, replace(FAST, batch_size_max=10, lanes=1))
     async with running(engine):
         await transport.assign(0)
         await eventually(lambda: processor.entered == 1, what="a first batch, at the gate")
@@ -671,6 +671,34 @@ async def test_two_lanes_work_at_once_and_never_on_one_key() -> None:
     assert widest > 3
     for n in range(7):
         assert processor.offsets(f"k{n}") == list(range(n, 400, 7))
+
+
+async def test_a_second_batch_goes_to_work_beside_the_first_only_while_a_full_one_waits() -> None:
+    transport = FakeTransport()
+    go_on = asyncio.Event()
+    sizes: list[int] = []
+
+    class Slow(Recorder):
+        async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Result]:
+            sizes.append(len(batch))
+            await go_on.wait()
+            return await super().process(batch, watermarks)
+
+    processor = Slow()
+    engine, _ = make_engine(transport, processor, replace(FAST, lanes=3, batch_size_max=3))
+    async with running(engine):
+        await transport.assign(0)
+        for n in range(5):
+            transport.record(f"k{n}")
+        await eventually(lambda: engine.in_flight == 5, what="five in hand")
+        assert sum(sizes) == 3  # whoever came first went to work, and what is left is no full batch
+        transport.record("k5")
+        await eventually(lambda: sum(sizes) == 6, what="the second batch")
+        transport.record("k6")
+        await eventually(lambda: engine.in_flight == 7, what="seven in hand")
+        assert sum(sizes) == 6
+        go_on.set()
+        await eventually(lambda: len(processor.handled) == 7, what="all")
 
 
 async def test_a_processor_that_overtakes_its_own_failure_stops_the_engine() -> None:
