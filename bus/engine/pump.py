@@ -7,6 +7,7 @@ goes to the undertaker (`lanes.py`), what nobody here handles is skipped and cou
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ log = logging.getLogger("foldbus.bus")
 SHORT_POLL_S = 0.02
 """How long a poll may wait while some parts are paused: they resume between polls."""
 PAUSED_S = 0.2
+MOMENT_S = 0.2
+"""How long lanes are waited for before everything is paused."""
 """How long nothing is polled while all parts are paused and no lane makes room."""
 JOIN_S = 60.0
 """How long finding the topics and reaching the broker takes at most; the transport gives up before."""
@@ -91,6 +94,7 @@ class Pump:
     async def _poll_on(self, consumer: Consumer) -> None:
         failures = 0
         while not self._stop.is_set():
+            await self._moment_at_high_water()
             timeout_s = self._throttle(consumer)
             self._pulse.begins("a poll", bound_s=self._settings.poll_timeout_s)
             try:
@@ -135,14 +139,30 @@ class Pump:
         by_bytes = (settings.in_flight_bytes_max - queues.in_flight_bytes) // self._largest
         return max(1, min(records, by_bytes))
 
-    def _throttle(self, consumer: Consumer) -> float:
-        """Pauses at high water, resumes at half; answers how long the next poll may wait."""
-        settings, queues, parts = self._settings, self._queues, self._partitions.live.values()
-        factor = 2 if self._full else 1
-        self._full = (
+    async def _moment_at_high_water(self) -> None:
+        """What a client has fetched of a partition is thrown away when that is paused, and fetched again: lanes that
+        keep up are waited for instead, until they have made room for a whole poll."""
+        settings, queues = self._settings, self._queues
+        if self._full or not self._brims(1):
+            return
+        room = min(settings.poll_records_max, settings.in_flight_max // 2)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(MOMENT_S, settings.poll_timeout_s)):
+                while not self._stop.is_set() and (queues.in_flight > settings.in_flight_max - room or self._brims(1)):
+                    queues.progress.clear()
+                    await queues.progress.wait()
+
+    def _brims(self, factor: int) -> bool:
+        settings, queues = self._settings, self._queues
+        return (
             queues.in_flight * factor >= settings.in_flight_max
             or queues.in_flight_bytes * factor >= settings.in_flight_bytes_max
         )
+
+    def _throttle(self, consumer: Consumer) -> float:
+        """Pauses at high water, resumes at half; answers how long the next poll may wait."""
+        settings, queues, parts = self._settings, self._queues, self._partitions.live.values()
+        self._full = self._brims(2 if self._full else 1)
         pause: list[Assignment] = []
         resume: list[Assignment] = []
         shut = self.gate is not None and self.gate() == 0

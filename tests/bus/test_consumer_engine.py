@@ -504,6 +504,27 @@ async def test_polling_goes_on_and_reading_pauses_at_high_water_until_half_is_do
         assert max(transport.polled_max) <= 30
 
 
+async def test_lanes_that_keep_up_are_waited_for_at_high_water_and_nothing_is_paused() -> None:
+    transport = FakeTransport()
+
+    class WhenFull(Recorder):
+        async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Result]:
+            while engine.in_flight < 100 and len(self.handled) + engine.in_flight < 300:  # noqa: ASYNC110 - the pump's turn
+                await asyncio.sleep(0)
+            return await super().process(batch, watermarks)
+
+    processor = WhenFull()
+    for n in range(300):
+        transport.record(f"k{n}")
+    settings = replace(FAST, in_flight_max=100, poll_records_max=30, poll_timeout_s=5.0)
+    engine, _ = make_engine(transport, processor, settings)
+    async with running(engine):
+        await transport.assign(0)
+        await eventually(lambda: len(processor.handled) == 300, what="all")
+    assert (transport.paused, transport.resumes) == (set(), 0)
+    assert max(transport.polled_max) == 30
+
+
 async def test_bytes_in_flight_are_bounded_too() -> None:
     transport, processor = FakeTransport(), Recorder()
     processor.gate.clear()
