@@ -82,6 +82,20 @@ async def test_an_event_that_commits_after_a_later_one_is_delivered_and_a_naive_
         assert seen + await naive(db, seen[-1]) == [second], "the naive reader must lose the first event"
 
 
+@pytest.mark.parametrize("others", [0, 1], ids=["alone", "in a batch"])
+async def test_units_of_a_transaction_that_turned_triggers_off_are_not_skipped(
+    store: PostgresStore, others: int
+) -> None:
+    async with store.transaction() as tx:
+        await tx.sql.exec_driver_sql("set local session_replication_role = replica")
+        await store.commit([Unit(appends=(append("a", version),)) for version in range(1 + others)], tx=tx)
+        await put(store, "b")
+        page = await store.read_all(after=0, limit=10)
+        assert (page.records, page.upto) == ([], 0)
+    later = await store.read_all(after=page.upto, limit=10)
+    assert names(later.records) == [*(f"a:{n + 1}" for n in range(1 + others)), "b:1"]
+
+
 async def test_transaction_ids_in_the_other_order_than_positions_change_nothing(store: PostgresStore) -> None:
     async with store.transaction() as older:
         await older.sql.exec_driver_sql("select pg_current_xact_id()")

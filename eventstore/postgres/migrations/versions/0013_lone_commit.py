@@ -1,4 +1,4 @@
-"""A lone append locks the floor once."""
+"""The floor is locked without a query."""
 
 from __future__ import annotations
 
