@@ -72,11 +72,8 @@ class Lanes:
         wakes = queues.surplus if spare else queues.work
         while True:
             free = None if self.gate is None else self.gate()
-            if spare and (free is not None or not queues.look_for_surplus()):
-                batch = []
-            else:
-                batch = queues.take(limit if free is None else min(limit, free))
-                queues.look_for_surplus()  # for the next spare one
+            rests = spare and (free is not None or not queues.look_for_surplus())
+            batch = [] if rests else queues.take(limit if free is None else min(limit, free))
             if not batch and free is not None and not spare:
                 await asyncio.sleep(GATE_S)
                 continue

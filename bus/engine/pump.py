@@ -32,9 +32,9 @@ log = logging.getLogger("foldbus.bus")
 SHORT_POLL_S = 0.02
 """How long a poll may wait while some parts are paused: they resume between polls."""
 PAUSED_S = 0.2
+"""How long nothing is polled while all parts are paused and no lane makes room."""
 MOMENT_S = 0.2
 """How long lanes are waited for before everything is paused."""
-"""How long nothing is polled while all parts are paused and no lane makes room."""
 JOIN_S = 60.0
 """How long finding the topics and reaching the broker takes at most; the transport gives up before."""
 

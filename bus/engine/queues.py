@@ -249,6 +249,7 @@ class KeyQueues:
             queue.state = State.READY
             self._ready.append(queue)
             self.work.set()
+            self.look_for_surplus()  # also of what is due again: no poll tells of that
 
     def _wait(self, queue: KeyQueue, wait_s: float) -> None:
         queue.state = State.WAITING

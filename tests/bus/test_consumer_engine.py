@@ -722,6 +722,29 @@ async def test_a_second_batch_goes_to_work_beside_the_first_only_while_a_full_on
         await eventually(lambda: len(processor.handled) == 7, what="all")
 
 
+async def test_what_is_due_again_goes_to_work_side_by_side_too_although_nothing_new_comes() -> None:
+    transport = FakeTransport()
+    go_on = asyncio.Event()
+    began: list[int] = []
+
+    class OnceMore(Recorder):
+        async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Result]:
+            began.append(len(batch))
+            if sum(began) > 6:
+                await go_on.wait()
+            return await super().process(batch, watermarks)
+
+    processor = OnceMore(lambda item: Done() if go_on.is_set() else Again(0.05))
+    for n in range(6):
+        transport.record(f"k{n}")
+    engine, _ = make_engine(transport, processor, replace(FAST, lanes=2, batch_size_max=3))
+    async with running(engine):
+        await transport.assign(0)
+        await eventually(lambda: sum(began) == 12, what="all six, a second time, in two lanes at once")
+        go_on.set()
+        await eventually(lambda: len(processor.handled) == 6, what="all")
+
+
 async def test_a_processor_that_overtakes_its_own_failure_stops_the_engine() -> None:
     class Overtaking(Recorder):
         async def process(self, batch: Sequence[Item], watermarks: Watermarks) -> Sequence[Result]:
