@@ -13,7 +13,7 @@ from benchmarks.harness import Row, Setting, compare
 from benchmarks.workload import world
 from bus.cloudevents import to_record
 from bus.metrics import MemoryMetrics
-from bus.partitioner import partition_of
+from bus.partitioner import hashes_of
 from bus.seams import NoFailpoints, SystemClock
 from bus.transport import Ack, Outgoing
 from eventstore.port import Store
@@ -110,9 +110,8 @@ async def _fill(store: Store, unit: Any, total: int) -> None:
 async def send_grouped(producer: Any, records: Sequence[Outgoing], partitions: int) -> None:
     """Grouped by partition, in batches as large as they may be, all under way at once."""
     lanes: dict[int, list[Outgoing]] = {}
-    for record in records:
-        assert record.key is not None
-        lanes.setdefault(partition_of(record.key, partitions), []).append(record)
+    for record, hashed in zip(records, hashes_of([record.key or b"" for record in records]), strict=True):
+        lanes.setdefault(hashed % partitions, []).append(record)
     pending: list[Any] = []
     for partition, lane in lanes.items():
         builder = producer.create_batch()

@@ -13,8 +13,9 @@ from typing import cast
 _SEED = 0x9747B28C
 _M = 0x5BD1E995
 _MASK = 0xFFFFFFFF
+_POSITIVE = 0x7FFFFFFF
 
-_KNOWN_MAX = 65_536
+_KNOWN_MAX = 8_192
 _KNOWN_KEY_MAX = 256
 _TOGETHER_MIN = 16
 """Fewer keys of one length are hashed one by one: there the big numbers do not pay."""
@@ -73,7 +74,7 @@ def partition_of(key: bytes, partitions: int) -> int:
     """The partition of `key` among `partitions`: the positive murmur2 modulo the count. Hot keys are remembered."""
     found = _known.get(key)
     if found is None:
-        found = murmur2(key) & 0x7FFFFFFF
+        found = murmur2(key) & _POSITIVE
         if len(key) <= _KNOWN_KEY_MAX:
             _remember({key: found})
     return found % partitions
@@ -84,19 +85,24 @@ def hashes_of(keys: Sequence[bytes]) -> Sequence[int]:
     hashes = [*map(_known.get, keys)]
     if None not in hashes:
         return cast("list[int]", hashes)
-    fresh: dict[bytes, int] = {}
-    by_length: dict[int, list[bytes]] = {}
-    for key in {key for key, found in zip(keys, hashes, strict=True) if found is None}:
-        by_length.setdefault(len(key), []).append(key)
-    for length, together in by_length.items():
+    # Each once, in some order; those of one length together.
+    fresh = dict.fromkeys([key for key, found in zip(keys, hashes, strict=True) if found is None], 0)
+    lengths = set(map(len, fresh))
+    for length in lengths:
+        together = list(fresh) if len(lengths) == 1 else [key for key in fresh if len(key) == length]
         if len(together) >= _TOGETHER_MIN and 0 < length <= _KNOWN_KEY_MAX:
             found = murmur2_of(together)
         else:
             found = [murmur2(key) for key in together]
-        fresh.update(zip(together, [one & 0x7FFFFFFF for one in found], strict=True))
-    made = [fresh[key] if found is None else found for key, found in zip(keys, hashes, strict=True)]
-    _remember({key: one for key, one in fresh.items() if len(key) <= _KNOWN_KEY_MAX})
-    return made
+        fresh.update(zip(together, [one & _POSITIVE for one in found], strict=True))
+    made = [*map(fresh.get, keys)]
+    if None in made:
+        made = [new if found is None else found for new, found in zip(made, hashes, strict=True)]
+    if max(lengths) <= _KNOWN_KEY_MAX:
+        _remember(fresh)
+    else:
+        _remember({key: one for key, one in fresh.items() if len(key) <= _KNOWN_KEY_MAX})
+    return cast("list[int]", made)
 
 
 def _remember(fresh: Mapping[bytes, int]) -> None:

@@ -18,6 +18,7 @@ from datetime import datetime
 from typing import Literal, Protocol
 
 from bus.envelope import Offset
+from bus.packing import PackedHeaders
 from bus.quick import quick
 
 Headers = tuple[tuple[str, bytes], ...]
@@ -27,15 +28,17 @@ Headers = tuple[tuple[str, bytes], ...]
 @quick
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A record to publish. `value` None is a tombstone. `partition` None: by the key."""
+    """A record to publish. `value` None is a tombstone. `partition` None: by the key. Headers that are packed already
+    need not be on the way to Kafka."""
 
     topic: str
     key: bytes | None
     value: bytes | None
-    headers: Headers = ()
+    headers: Headers | PackedHeaders = ()
     partition: int | None = None
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Ack:
     partition: int

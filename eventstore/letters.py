@@ -47,7 +47,7 @@ class DeadLetters:
         redriven) or, with `source`, from the own log."""
         headers = delivery.headers if delivery else ()
         if delivery is None and not source:
-            headers = to_record(replace(envelope, topic=envelope.topic or "-")).headers
+            headers = tuple(to_record(replace(envelope, topic=envelope.topic or "-")).headers)
         letter = DeadLetter(
             consumer=self._consumer,
             id=envelope.id,

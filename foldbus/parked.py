@@ -199,7 +199,7 @@ class Discarded(FoldbusError):
 
 def _record(envelope: Envelope, topic: str) -> Delivery:
     record = to_record(replace(envelope, topic=topic))
-    return Delivery(Assignment(topic, -1), -1, record.key, record.value, record.headers, envelope.time)
+    return Delivery(Assignment(topic, -1), -1, record.key, record.value, tuple(record.headers), envelope.time)
 
 
 def _like(wanted: str | None, found: str) -> bool:

@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from bus.envelope import Position
 from bus.errors import Fenced, MissingTopics
 from bus.metrics import Metrics
 from bus.seams import Clock, Failpoint
-from bus.transport import Ack, Failed, Published, Transport
+from bus.transport import Ack, Failed, Outgoing, Published, Transport
 from eventstore.ahead import Ahead
 from eventstore.errors import StoreUnavailable
 from eventstore.port import Leadership, Store
@@ -120,14 +121,14 @@ class Relay:
                     continue
                 if page.upto < page.head:
                     ahead.begin(self._read(page.upto))
-                due = waiting.behind(list(zip(page.positions, page.records, strict=True)))
-                if due:
+                positions, records = waiting.behind(page.positions, page.records)
+                if records:
                     self._failpoint.hit("before-publish")
-                    waiting.add(await self._publish(due, leadership))
+                    waiting.add(await self._publish(positions, records, leadership))
                     self._failpoint.hit("after-publish")
                 read = page.upto
-                marks.reached(waiting.published_up_to(read), len(due))
-                self._metrics.count("foldbus_relayed_total", len(due))
+                marks.reached(waiting.published_up_to(read), len(records))
+                self._metrics.count("foldbus_relayed_total", len(records))
                 self._metrics.gauge("foldbus_relay_lag", page.head - marks.marked)
         except asyncio.CancelledError:
             await marks.last()  # so that the next leader does not publish it all again
@@ -148,7 +149,7 @@ class Relay:
         before = len(waiting)
         for topic in list(waiting.topics):
             records, since = waiting.topics.pop(topic), waiting.since.pop(topic)
-            missing = await self._publish(records, leadership)
+            missing = await self._publish(*_parted(records), leadership)
             if missing and now - since >= self._settings.missing_reply_s:
                 missing = await self._without_replies(missing)
             waiting.add(missing)
@@ -166,18 +167,22 @@ class Relay:
                 kept.append(one)
         return kept
 
-    async def _publish(self, due: Sequence[Due], leadership: Leadership) -> Sequence[Due]:
+    async def _publish(
+        self, positions: Sequence[Position], records: Sequence[Outgoing], leadership: Leadership
+    ) -> Sequence[Due]:
         """In order per partition: from the first that is not acknowledged on, a partition's records are sent again. A
         record that the broker refuses for good becomes a dead letter, so that nobody waits for it. Answers those whose
         topic does not exist (yet)."""
         missing: list[Due] = []
         attempts, first_failed = 0, self._clock.now()
-        while due:
+        while records:
             if leadership.lost:
                 raise Fenced("the relay's lease ran out while publishing")
-            results = await self._transport.publish([record for _, record in due])
+            results = await self._transport.publish(records)
             attempts += 1
-            due, refused, absent = _sorted_out(due, results)
+            if not [result for result in results if type(result) is not Ack]:
+                break
+            due, refused, absent = _sorted_out(list(zip(positions, records, strict=True)), results)
             missing += absent
             for one, error in refused:
                 await self._dead_letter(one, error, attempts, first_failed)
@@ -186,6 +191,7 @@ class Relay:
                 self._metrics.count("foldbus_retries_total", len(due), who="relay")
                 log.warning("relay: %d of %d records not acknowledged, again: %s", len(due), len(results), why)
                 await self._pause(attempts)
+            positions, records = _parted(due)
         return missing
 
     async def _dead_letter(self, due: Due, error: Exception, attempts: int, since: datetime) -> None:
@@ -199,6 +205,10 @@ class Relay:
         await asyncio.sleep(bound * (0.5 + self._rng.random() / 2))
 
 
+def _parted(due: Sequence[Due]) -> tuple[Sequence[Position], Sequence[Outgoing]]:
+    return [position for position, _ in due], [record for _, record in due]
+
+
 def _sorted_out(
     sent: Sequence[Due], results: Sequence[Published]
 ) -> tuple[list[Due], list[tuple[Due, Exception]], list[Due]]:
@@ -208,8 +218,6 @@ def _sorted_out(
     an `Unknown` only if that one was written too: sending it again makes a second copy, never an inversion of first
     deliveries.
     """
-    if not [result for result in results if type(result) is not Ack]:
-        return [], [], []
     again: list[Due] = []
     refused: list[tuple[Due, Exception]] = []
     absent: list[Due] = []

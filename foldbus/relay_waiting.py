@@ -42,12 +42,16 @@ class Waiting:
                 self.since[topic] = self._clock.monotonic()
             self.topics.setdefault(topic, []).append(one)
 
-    def behind(self, records: Sequence[Due]) -> Sequence[Due]:
+    def behind(
+        self, positions: Sequence[Position], records: Sequence[Outgoing]
+    ) -> tuple[Sequence[Position], Sequence[Outgoing]]:
         """Keeps those whose topic is waited for, behind what waits already; answers the others."""
         if not self.topics:
-            return records
-        self.add([one for one in records if one[1].topic in self.topics])
-        return [one for one in records if one[1].topic not in self.topics]
+            return positions, records
+        due = list(zip(positions, records, strict=True))
+        self.add([one for one in due if one[1].topic in self.topics])
+        others = [one for one in due if one[1].topic not in self.topics]
+        return [position for position, _ in others], [record for _, record in others]
 
     def published_up_to(self, read: Position) -> Position:
         """Everything at or below is published: just below the first record that waits."""
@@ -70,7 +74,7 @@ def refused_letter(due: Due, error: Exception, *, attempts: int, since: datetime
         offset=-1,
         key=record.key,
         value=record.value,
-        headers=record.headers,
+        headers=tuple(record.headers),
         failure=Failure(type(error).__qualname__, str(error), "", attempts, since, now),
         type=name,
     )
@@ -79,7 +83,7 @@ def refused_letter(due: Due, error: Exception, *, attempts: int, since: datetime
 
 def _named(position: Position, record: Outgoing, now: datetime) -> tuple[UUID, str]:
     """Id and type of the message."""
-    delivery = Delivery(Assignment(record.topic, -1), -1, record.key, record.value, record.headers, now)
+    delivery = Delivery(Assignment(record.topic, -1), -1, record.key, record.value, tuple(record.headers), now)
     try:
         envelope = from_record(delivery)
     except Undecodable:  # too much in its headers, for one: it is known by its place

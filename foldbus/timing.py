@@ -253,4 +253,4 @@ def _redelivery(timer: Timer) -> Delivery | None:
     if not _is_redriven(timer) or envelope.topic is None:
         return None
     record = to_record(envelope)
-    return Delivery(Assignment(envelope.topic, -1), -1, record.key, record.value, record.headers, envelope.time)
+    return Delivery(Assignment(envelope.topic, -1), -1, record.key, record.value, tuple(record.headers), envelope.time)

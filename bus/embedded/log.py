@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from struct import Struct
@@ -49,7 +49,7 @@ def _lengths(count: int) -> Struct:
 _count = Struct("<I")
 
 
-def pack_headers(headers: Headers) -> bytes | None:
+def pack_headers(headers: Collection[tuple[str, bytes]]) -> bytes | None:
     """Their count, the length of each name and value, then all names and values. None for no headers."""
     if not headers:
         return None

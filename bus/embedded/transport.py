@@ -33,6 +33,7 @@ from bus.transport import (
     Assignments,
     Consumer,
     Failed,
+    Headers,
     Outgoing,
     PollSettings,
     Published,
@@ -112,8 +113,8 @@ class EmbeddedTransport:
             try:
                 topic = self.admin.known(record.topic) or await self.admin.get(record.topic)
                 partition = self._partition(record, topic)
-                headers = log.pack_headers(record.headers)
-                self._check_size(record, topic)
+                headers = tuple(record.headers)
+                self._check_size(record, headers, topic)
             except TransportUnavailable as error:
                 answers[n] = Unknown(error)
             except BusError as error:
@@ -123,7 +124,7 @@ class EmbeddedTransport:
             else:
                 sent.append((n, partition))
                 lanes.append(topic.lanes[partition])
-                rows.append((record.key, record.value, headers))
+                rows.append((record.key, record.value, log.pack_headers(headers)))
         if rows:
             time_us = int(self._clock.now().timestamp() * 1_000_000)
             try:
@@ -148,9 +149,9 @@ class EmbeddedTransport:
             return record.partition
         return next(self._keyless) % count if record.key is None else partition_of(record.key, count)
 
-    def _check_size(self, record: Outgoing, topic: log.Topic) -> None:
+    def _check_size(self, record: Outgoing, headers: Headers, topic: log.Topic) -> None:
         size = len(record.key or b"") + len(record.value or b"")
-        for name, value in record.headers:
+        for name, value in headers:
             size += len(name) + len(value)
         if size > topic.max_bytes:
             raise MessageTooLarge(f"a record for {topic.name}", size=size, limit=topic.max_bytes)

@@ -35,8 +35,9 @@ from aiokafka.errors import (
 )
 
 from bus.errors import BusError, MessageTooLarge, MissingTopics, TransportUnavailable
-from bus.kafka import batches, internals
+from bus.kafka import internals
 from bus.kafka.admin import RECORD_OVERHEAD_BYTES, KafkaAdmin
+from bus.kafka.batches import Batch, Writer
 from bus.kafka.options import compression
 from bus.metrics import Metrics
 from bus.partitioner import hashes_of
@@ -92,7 +93,7 @@ class Publisher:
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        self._lz4 = compression(settings) == "lz4"
+        self._compression = compression(settings)
         self._options: dict[str, Any] = {
             **options,
             "acks": "all",
@@ -100,8 +101,7 @@ class Publisher:
             "linger_ms": 0,
             "max_batch_size": BATCH_BYTES,
             "max_request_size": 64 * 1024 * 1024,
-            # lz4 is ours: see batches.py
-            "compression_type": None if self._lz4 else compression(settings),
+            "compression_type": self._compression,  # looks whether its codec is there; batches.py writes and compresses
         }
         self._settings, self._admin, self._clock, self._metrics = settings, admin, clock, metrics
         self._topics: dict[str, TopicState] = {}
@@ -140,10 +140,11 @@ class Publisher:
             raise BusError("the transport is closed; nothing was published")
         deadline = asyncio.get_running_loop().time() + self._settings.publish_deadline_s
         results: list[Published | None] = [None] * len(batch)
-        if self._asking.locked() or not all(record.topic in self._topics for record in batch):
+        wanted = {record.topic for record in batch}
+        if self._asking.locked() or not wanted <= self._topics.keys():
             # First come, first served, so that a call that has to ask is not overtaken by the next one.
             async with self._asking:
-                trouble = await self._learn({record.topic for record in batch} - self._topics.keys())
+                trouble = await self._learn(wanted - self._topics.keys())
                 lanes = self._sort(batch, results, trouble)
         else:
             lanes = self._sort(batch, results, {})
@@ -257,7 +258,7 @@ class Publisher:
                     self._doubt(topic, todo, results, error)
                     return
                 try:
-                    builder, count = self._build(producer, topic, [batch[index] for index in todo[:count_max]])
+                    builder, count = self._build(topic, [batch[index] for index in todo[:count_max]])
                 except (MessageTooLarge, _Malformed) as error:  # the first one
                     if isinstance(error, MessageTooLarge):
                         self._metrics.count("foldbus_publish_failures_total", why="too large")
@@ -284,37 +285,28 @@ class Publisher:
         finally:
             lane.turn.release()
 
-    def _build(self, producer: _Producer, topic: str, records: Sequence[Outgoing]) -> tuple[Any, int]:
+    def _build(self, topic: str, records: Sequence[Outgoing]) -> tuple[Batch, int]:
         """A batch of as many of these as fit, at least one, and how many they are. Raises _Malformed or MessageTooLarge
         of the first one; a later one that is neither well-formed nor small enough ends the batch."""
-        builder = producer.raw.create_batch()
-        append = batches.appender(builder)
-        timestamp = int(self._clock.now().timestamp() * 1000)
         state = self._topics.get(topic)
         limit = BATCH_BYTES if state is None else state.max_bytes
-        room = RECORD_OVERHEAD_BYTES + limit
-        narrow = room < BATCH_BYTES  # the topic takes less in one batch than the builder does
-        count = 0
+        writer = Writer(int(self._clock.now().timestamp() * 1000), min(BATCH_BYTES, RECORD_OVERHEAD_BYTES + limit))
+        add = writer.add
         for record in records:
-            if narrow and count and builder.size() + _size(record) + 32 + 4 * len(record.headers) > room:
-                break
             try:
-                written = append(count, timestamp, record.key, record.value, list(record.headers))
-            except (TypeError, ValueError) as error:  # no bytes, or a header name that is no text
-                if count:
-                    return self._build(producer, topic, records[:count])  # the builder may hold half of the bad one
+                written = add(record)
+            except (TypeError, ValueError, AttributeError) as error:  # no bytes, or a header name that is no text
+                if writer.count:
+                    break
                 raise _Malformed(f"{_type_of(record)} cannot be written as a record: {error}") from error
-            if written is None:
+            if not written:
                 break
             # On the wire it is larger than it counts, so most need not be counted.
-            if written.size > limit and state is not None and (size := _size(record)) > limit:
-                if count:
-                    return self._build(producer, topic, records[:count])
+            if written > limit and state is not None and (size := _size(record)) > limit:
+                if writer.count > 1:
+                    return self._build(topic, records[: writer.count - 1])
                 raise MessageTooLarge(_type_of(record), size=size, limit=limit)
-            count += 1
-        batches.appended(builder, count)
-        builder.close()
-        return batches.Lz4Batch(builder) if self._lz4 else builder, count
+        return writer.batch(self._compression), writer.count
 
     async def _deliver(self, producer: _Producer, builder: Any, topic: str, partition: int, deadline: float) -> int:
         """The offset of the batch's first record. Raises what the broker refused it for; TransportUnavailable when it

@@ -35,7 +35,7 @@ class PostgresRecords:
         self._connection, self._retried, self._watermark, self._timeout_s = connection, retried, watermark, timeout_s
         # What has no topic is not sent along: private events can be most of a log. Its place counts.
         self._sql = f"""
-            select pos, case when topic is not null then uuid_send(id) end, type, key, topic,
+            select pos, case when topic is not null then textsend(id::text) end, type, key, topic,
                    case when topic is not null then data end, category, stream, version,
                    case when topic is not null then timestamptz_send(made_at) end,
                    case when topic is not null then meta end, last_event, last_public

@@ -59,4 +59,5 @@ def test_so_many_are_remembered_and_no_more(monkeypatch: pytest.MonkeyPatch) -> 
         assert [found % 7 for found in hashes_of(some)] == [(murmur2(key) & 0x7FFFFFFF) % 7 for key in some]
         assert len(known) <= 50
     partition_of(b"k" * 100_000, 3)
+    hashes_of([b"k" * 100_000, b"key-1000"])
     assert max(map(len, known)) == len(keys[0])

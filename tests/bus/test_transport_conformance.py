@@ -132,12 +132,13 @@ async def test_what_is_read_is_what_was_published_to_the_byte(transport: Transpo
     assert records[0].assignment == Assignment(topic, 0, 0)
 
 
-async def test_a_record_too_large_for_its_topic_fails_alone(transport: Transport) -> None:
+@pytest.mark.parametrize("size", [20_000, 30_000])  # with its key one byte too many, and far too many
+async def test_a_record_too_large_for_its_topic_fails_alone(transport: Transport, size: int) -> None:
     topic = await new_topic(transport, partitions=1, max_bytes=20_000)
     answers = await transport.publish(
         [
             Outgoing(topic, b"k", b"before", partition=0),
-            Outgoing(topic, b"k", os.urandom(30_000), partition=0),
+            Outgoing(topic, b"k", os.urandom(size), partition=0),
             Outgoing(topic, b"k", b"after", partition=0),
         ]
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -25,13 +25,15 @@ _2000 = datetime(2000, 1, 1, tzinfo=UTC)
 
 
 def row(envelope: Envelope, *, since_2000: bool) -> tuple[Any, ...]:
-    time: int | bytes = rows.micros(envelope.time)
+    """As SQLite gives it or, `since_2000`, as PostgreSQL does."""
+    id, time = envelope.id.bytes, cast("int | bytes", rows.micros(envelope.time))
     if since_2000:
+        id = str(envelope.id).encode()
         time = ((envelope.time - _2000) // timedelta(microseconds=1)).to_bytes(8, signed=True)
     place = (None, None) if envelope.stream is None else (envelope.stream.category, envelope.stream.id)
     meta = rows.meta(envelope, epoch=envelope.epoch)
     return (
-        envelope.position, envelope.id.bytes, envelope.type, envelope.key, envelope.topic, envelope.data, *place,
+        envelope.position, id, envelope.type, envelope.key, envelope.topic, envelope.data, *place,
         envelope.version, time, meta, None, None,
     )  # fmt: skip
 
@@ -76,6 +78,12 @@ def test_what_is_remembered_of_one_row_is_not_taken_for_anothers() -> None:
     caused = replace(plain, causation_id=event().id)
     found = [
         plain,
+        replace(
+            plain, source="shipping"[: len(plain.source)].ljust(len(plain.source), "s")
+        ),  # as long as the one before
+        plain,
+        caused,
+        replace(plain, actor="x" * (len('","causation":"' + digits) - len('","actor":"'))),  # as long, too
         caused,
         replace(caused, causation_id=caused.correlation_id),
         replace(plain, actor=digits),
@@ -95,6 +103,23 @@ def test_what_is_remembered_of_one_row_is_not_taken_for_anothers() -> None:
     ]
     for _ in range(2):
         assert records_of(row(one, since_2000=False) for one in found)[0] == [to_record(stored(one)) for one in found]
+
+
+@pytest.mark.parametrize("since_2000", [False, True])
+def test_keys_positions_and_times_of_all_lengths_are_in_the_record(since_2000: bool) -> None:
+    plain = an_envelope(position=1, version=2, stream=StreamId("order", "order-7"))
+    found = [plain]
+    for length in (1, 63, 64, 255, 256, 300, 1000):
+        key = "k" * length
+        found.append(replace(plain, key=key, stream=StreamId("order", key)))
+        found.append(replace(found[-1], causation_id=event().id))
+    found += [replace(plain, position=10**digits - 1) for digits in range(1, 19)]
+    found += [replace(plain, position=2**63 - 1), replace(plain, version=2**63 - 1)]
+    found += [
+        replace(plain, time=plain.time.replace(microsecond=micros)) for micros in (0, 1, 99_999, 100_000, 999_999)
+    ]
+    for _ in range(2):
+        assert records_of(row(one, since_2000=since_2000) for one in found)[0] == [to_record(one) for one in found]
 
 
 def test_a_foreign_id_is_published_as_it_came() -> None:

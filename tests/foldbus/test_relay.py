@@ -143,6 +143,22 @@ async def test_what_is_not_acknowledged_is_sent_again_in_order(store: Store) -> 
     assert topics.ids() == wanted
 
 
+async def test_what_fails_again_when_it_is_sent_again_is_known_by_its_own_place(store: Store) -> None:
+    await store.commit([on("stock.commands"), on("stock.commands"), on("late.commands"), on("stock.commands")])
+    late = next(one for one in await whole_log(store) if one.topic == "late.commands")
+    topics = Topics()
+
+    def flaky(record: Outgoing) -> Published | None:
+        if topics.calls == 1 and topics.records:  # only the first one gets through
+            return Unknown(TransportUnavailable("no answer"))
+        return Failed(MissingTopics([record.topic])) if record.topic == "late.commands" else None
+
+    topics.answer = flaky
+    async with relaying(store, topics):
+        await until(lambda: len(topics.ids("stock.commands")) == 3)
+    assert await store.leases.position(LEASE) == (late.position or 0) - 1
+
+
 async def test_a_record_that_the_broker_refuses_becomes_a_dead_letter_and_others_go_on(store: Store) -> None:
     await store.commit([on("stock.commands"), on("front.commands"), on("stock.commands")])
     wanted = [one.id for one in await whole_log(store)]
